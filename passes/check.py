@@ -1,0 +1,67 @@
+"""Hold a rewritten graph to its promises before it is used."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from tokenpass import torch_internals as internals
+from tokenpass.capture import Captured
+from tokenpass.dims import same
+from tokenpass.errors import BrokenInvariantError
+from tokenpass.facts import Facts
+from tokenpass.graph import expression
+from tokenpass.pruning import Pruning
+
+
+def check_rewrite(captured: Captured, facts: Facts, plan: Pruning, module: fx.GraphModule) -> None:
+    """Propagate the rewritten graph anew and compare its outputs with the original's.
+
+    Raises:
+        BrokenInvariantError: If the graph is malformed, an output is missing, or a shape, dtype or
+            device differs from what it must be.
+    """
+    module.graph.lint()
+    *outputs, kept = internals.propagate(module, captured.inputs, captured.mode)
+    (original,) = captured.module.graph.find_nodes(op="output")
+    before: list[fx.Node] = []
+    fx.map_arg(original.args[0], before.append)
+    after = [x for x in _leaves(outputs) if isinstance(x, torch.Tensor)]
+    tensors = [node for node in before if isinstance(node.meta["val"], torch.Tensor)]
+    if len(after) != len(tensors):
+        raise BrokenInvariantError(
+            f"{len(after)} output tensors after the rewrite, {len(tensors)} before"
+        )
+    for node, value in zip(tensors, after, strict=True):
+        _check_output(facts, plan, node, value)
+    _expect(kept.shape[-1], plan.stages[-1].count, "number of kept tokens")
+
+
+def _leaves(tree: Any) -> list[Any]:
+    return torch.utils._pytree.tree_leaves(tree)
+
+
+def _check_output(facts: Facts, plan: Pruning, node: fx.Node, value: torch.Tensor) -> None:
+    before = node.meta["val"]
+    if value.dtype != before.dtype or value.device != before.device:
+        raise BrokenInvariantError(
+            f"output {node.name} became {value.dtype} on {value.device}, "
+            f"was {before.dtype} on {before.device}"
+        )
+    if value.dim() != before.dim():
+        raise BrokenInvariantError(
+            f"output {node.name} has {value.dim()} dimensions, had {before.dim()}"
+        )
+    count = plan.count(0 if plan.method.restores else len(plan.stages))
+    for place, dim in enumerate(facts.dims(node)):
+        wanted = plan.grid.resized(dim, count) if plan.grid.carried_by(dim) else before.shape[place]
+        _expect(value.shape[place], wanted, f"dimension {place} of output {node.name}")
+
+
+def _expect(size: Any, wanted: Any, what: str) -> None:
+    found = expression(size)
+    expected = wanted if hasattr(wanted, "free_symbols") else expression(wanted)
+    if not same(found, expected):
+        raise BrokenInvariantError(f"{what} is {found}, must be {expected}")

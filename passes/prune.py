@@ -1,0 +1,240 @@
+"""Rewrite a graph so that tokens leave it: the graph is traced again, on fewer tokens.
+
+Every node runs on the version of its operands that :mod:`tokenpass.passes.versions` decided. What
+is missing is made from what is there: fewer tokens by taking them, all tokens by putting the
+dropped ones back (with the value of the token they were merged into, or with their own last one), a
+table that all images share by taking each image's rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from tokenpass import torch_internals as internals
+from tokenpass.blocks import Attention
+from tokenpass.capture import Captured, in_region_of
+from tokenpass.dims import Dim, Dims
+from tokenpass.facts import Facts
+from tokenpass.graph import arguments, values_of, with_arguments
+from tokenpass.layout import Layout
+from tokenpass.passes.conversions import Conversions
+from tokenpass.passes.stages import Stages
+from tokenpass.passes.versions import Versions
+from tokenpass.pruning import Pruning
+
+RULE = "prune"
+
+
+def prune(captured: Captured, facts: Facts, plan: Pruning, versions: Versions) -> fx.GraphModule:
+    """The graph with the cuts of ``plan``.
+
+    Its outputs are those of the original and, after them, the grid positions of the surviving patch
+    tokens ``(B, K)``.
+    """
+
+    def run(*inputs: Any) -> Any:
+        return _Pruner(captured, facts, plan, versions).run(inputs)
+
+    module = internals.trace(run, captured.inputs, captured.mode)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return module
+
+
+class _Pruner:
+    """Runs the original graph once, version by version."""
+
+    def __init__(self, captured: Captured, facts: Facts, plan: Pruning, versions: Versions) -> None:
+        self.module = captured.module
+        self.facts = facts
+        self.plan = plan
+        self.grid = plan.grid
+        self.versions = versions
+
+        def extent(size: Any) -> Any:
+            return internals.symbolic_size(captured.mode, size)
+
+        self.layout = Layout(plan.grid, plan.batch, extent)
+        self.stages = Stages(facts, plan, self.layout, self.value, self.operand)
+        self.cuts = {stage.at: stage.number for stage in plan.stages if stage.at is not None}
+        self.env: dict[tuple[fx.Node, int], Any] = {}
+        self.met: dict[tuple[Any, ...], Tensor] = {}
+        self.convert = Conversions(facts, plan, self.layout, self.stages)
+        self.attention: dict[fx.Node, Attention] = {
+            match.softmax: match
+            for match in plan.found.attentions
+            if plan.grid.carried_by(match.key_dim)
+        }
+
+    def run(self, inputs: tuple[Any, ...]) -> Any:
+        remaining = iter(inputs)
+        for node in self.module.graph.nodes:
+            if node.op == "placeholder":
+                self.env[node, 0] = next(remaining)
+            elif node.op == "output":
+                return self._outputs(node)
+            elif not values_of(node):
+                self.env[node, 0] = self._call(node, *self._arguments(node))
+            elif self._level(node) in self.versions.computed.get(node, ()):
+                self.value(node, self._level(node))
+        raise AssertionError("a graph without an output")
+
+    def _level(self, node: fx.Node) -> int:
+        return self.versions.level[node]
+
+    def _outputs(self, output: fx.Node) -> Any:
+        final = len(self.plan.stages)
+        whole = self.plan.method.restores
+
+        def produce(node: fx.Node) -> Any:
+            return self.value(node, 0 if whole or not self.carries(node) else final)
+
+        outputs = fx.map_arg(output.args[0], produce)
+        flat = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+        return (*flat, self.stages[final].positions)
+
+    def carries(self, node: fx.Node) -> bool:
+        return any(self.grid.carried_in(dims) for dims in self.facts.effects[node].outs)
+
+    # ------------------------------------------------------------ values
+
+    def value(self, node: fx.Node, version: int) -> Any:
+        """What ``node`` computes, with the tokens of ``version``."""
+        if not self.carries(node):
+            version = self._level(node)
+        key = (node, version)
+        if key not in self.env:
+            with internals.provenance(node, RULE):
+                self.env[key] = self._make(node, version)
+        return self.env[key]
+
+    def _make(self, node: fx.Node, version: int) -> Any:
+        if node.op == "get_attr":
+            assert isinstance(node.target, str)
+            return getattr(self.module, node.target)
+        if version in self.versions.computed[node]:
+            return self._compute(node, version)
+        dims = self.facts.dims(node)
+        cut = self.cuts.get(node)
+        if version == self.plan.prefix_only:
+            have = self.versions.computed[node][-1]
+            return self.layout.without_grid(self.value(node, have), dims)
+        if cut is not None and cut == version:
+            return self.convert.cut(self.value(node, self._level(node)), dims, version)
+        computed = [v for v in self.versions.computed[node] if v != self.plan.prefix_only]
+        if version == 0:
+            have = max(computed)
+            return self.convert.restore(self.value(node, have), dims, have, self._last(have, dims))
+        have = max(v for v in (*computed, cut or 0) if v < version)
+        return self.convert.take(self.value(node, have), dims, have, version)
+
+    def _last(self, have: int, dims: Dims) -> Tensor | None:
+        """The stream, with all its tokens, when those that version ``have`` lacks left it.
+
+        ``None`` for values of another kind.
+        """
+        at = self.plan.stages[have - 1].at
+        if at is None or self.facts.dims(at) != dims:
+            return None
+        return self.value(at, 0)  # type: ignore[no-any-return]
+
+    # ------------------------------------------------------------ computing
+
+    def _compute(self, node: fx.Node, version: int) -> Any:
+        args, kwargs = self._arguments(node, version)
+        attention = self.attention.get(node)
+        level = self._level(node)
+        if attention is not None and level and self.stages[level].sizes is not None:
+            args, kwargs = self._with_sizes(node, attention, args, kwargs)
+        return self._call(node, args, kwargs)
+
+    def _call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        assert callable(node.target)
+        with in_region_of(node):
+            return node.target(*args, **kwargs)
+
+    def _arguments(self, node: fx.Node, version: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        reads = iter(self.versions.reads.get((node, version), ()))
+        seen = iter(self.facts.effects[node].seen)
+
+        def produce(source: fx.Node) -> Any:
+            if not values_of(source):
+                return self.env[source, 0]
+            return self._operand(node, source, next(seen), next(reads, 0), version)
+
+        args, kwargs = fx.map_arg((node.args, node.kwargs), produce)
+        return (
+            with_arguments(node, args, kwargs, self.convert.literals(node, version))
+            if version
+            else (args, kwargs)
+        )
+
+    def operand(self, reader: fx.Node, source: fx.Node, version: int) -> Tensor:
+        """``source`` as ``reader`` sees it in a version."""
+        seen = dict(self.facts.seen(reader))[source]
+        read = version if self.carries(source) else 0
+        return self._operand(reader, source, seen, read, version)  # type: ignore[no-any-return]
+
+    def _operand(
+        self, reader: fx.Node, source: fx.Node, seen: Dims, read: int, version: int
+    ) -> Any:
+        x = self.value(source, read)
+        if not version or self.carries(source) or not isinstance(x, Tensor):
+            return x
+        own = self.facts.dims(source)
+        lined = seen[len(seen) - len(own) :]
+        if not any(
+            dim and self.grid.carried_by(line) for dim, line in zip(own, lined, strict=True)
+        ):
+            return x
+        return self._meet(reader, source, x, own, seen, version)
+
+    def _meet(
+        self, reader: fx.Node, source: fx.Node, x: Tensor, own: Dims, seen: Dims, version: int
+    ) -> Tensor:
+        """A table that runs along the tokens, with the rows of the tokens that are left."""
+        attention = self.attention.get(reader)
+        keys = len(seen) - 1 if attention is not None and attention.fused else None
+        of_keys = version if keys is None else self._level(reader)
+
+        def index(dim: Dim, place: int) -> Tensor:
+            return self.convert.table_rows(dim, of_keys if place == keys else version)
+
+        key = (source, seen, version, of_keys)
+        if key not in self.met:
+            self.met[key] = self.layout.meet(x, own, seen, index)
+        return self.met[key]
+
+    def _with_sizes(
+        self, node: fx.Node, attention: Attention, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The attention with the logarithm of the keys' sizes added to its scores."""
+        sizes = self.stages[self._level(node)].sizes
+        assert sizes is not None
+        bias = self.stages.key_bias(attention, sizes)
+        if not attention.fused:
+            dims = self.facts.dims(node)
+            place = arguments(node)["dim"] % len(dims)
+            scores = args[0] + self.layout.align(bias, place, dims).to(args[0].dtype)
+            return (scores, *args[1:]), kwargs
+        given = {
+            item.name: value for item, value in zip(_schema(node), args, strict=False)
+        } | kwargs
+        frame = (*self.facts.dims(node)[:-1], attention.key_dim)
+        wide = self.layout.align(bias, len(frame) - 1, frame).to(args[0].dtype)
+        mask = given.get("attn_mask")
+        if mask is not None and mask.dtype == torch.bool:
+            wide = wide.masked_fill(~mask, -torch.inf)
+        elif mask is not None:
+            wide = wide + mask
+        return (), {
+            **{item.name: given[item.name] for item in _schema(node) if item.name in given},
+            "attn_mask": wide,
+        }
+
+
+def _schema(node: fx.Node) -> Any:
+    return node.target._schema.arguments  # type: ignore[union-attr]

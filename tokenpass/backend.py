@@ -1,0 +1,64 @@
+"""The ``torch.compile`` backend: by name through the entry point, or typed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import fx
+
+from tokenpass import torch_internals as internals
+from tokenpass.methods import HiPrune
+from tokenpass.options import Inner, Settings, parse_options
+from tokenpass.runtime import CompiledGraph
+
+Backend = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
+
+
+def tokenpass_backend(
+    module: fx.GraphModule,
+    inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """What ``torch.compile(model, backend="tokenpass", options=...)`` calls for each graph.
+
+    Args:
+        module: A graph from Dynamo.
+        inputs: Its example inputs.
+        mode: As in ``torch.compile``; goes to Inductor.
+        options: ``method``, ``inner``, ``always_rewrite``, ``mode`` and the fields of the method.
+
+    Raises:
+        OptionError: For an unknown option or value.
+    """
+    settings = parse_options(options, mode)
+    return CompiledGraph(module, settings, internals.compiling_backend(), inputs)
+
+
+def backend(
+    method: HiPrune | None = None,
+    *,
+    inner: Inner = "inductor",
+    always_rewrite: bool = False,
+    mode: str | None = None,
+) -> Backend:
+    """A backend for ``torch.compile(model,
+    backend=tokenpass.backend(tokenpass.HiPrune(keep=0.5)))``.
+
+    Args:
+        method: What to do with the tokens; default ``HiPrune()``.
+        inner: The backend that the rewritten graph goes to, by name or itself.
+        always_rewrite: Rewrite at full budget too, and where the cost model says it does not pay.
+        mode: Mode of Inductor.
+
+    Raises:
+        OptionError: If one of them is not valid.
+    """
+    settings = Settings(method or HiPrune(), inner, always_rewrite, mode)
+
+    def tokenpass(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        return CompiledGraph(module, settings, internals.compiling_backend(), inputs)
+
+    return tokenpass

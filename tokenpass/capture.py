@@ -1,0 +1,124 @@
+"""Dynamo's graph as a canonical ATen graph.
+
+The graph is traced again at the level of composite operators (``linear``, ``layer_norm``,
+``scaled_dot_product_attention``): still differentiable, still before autocast. The many spellings
+of a view come out as the few that the axis rules know (see :mod:`tokenpass.passes.normalise`).
+Regions of autocast and of switched-off gradients become metadata of the nodes inside them, so that
+a later pass may move a node.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses import FakeTensorMode
+
+from tokenpass import torch_internals as internals
+
+REGION = "tokenpass_region"
+
+
+@dataclass(frozen=True)
+class Region:
+    """What surrounds a node: arguments of ``torch.autocast``, outermost first, and grad mode."""
+
+    autocast: tuple[tuple[Any, ...], ...] = ()
+    grad: bool | None = None
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A canonical graph with what is needed to trace it again.
+
+    Attributes:
+        module: The graph; every node has its fake value in ``meta["val"]``.
+        constants: Placeholders that are parameters or buffers of the model.
+        inputs: Fakes of the graph's inputs.
+        mode: The fake mode that they live in.
+    """
+
+    module: fx.GraphModule
+    constants: frozenset[fx.Node]
+    inputs: tuple[Any, ...]
+    mode: FakeTensorMode
+
+
+class _Capturing(fx.Interpreter):
+    """Runs Dynamo's graph, entering its autocast regions for real."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self._entered: dict[fx.Node, torch.autocast] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        if internals.is_enter_autocast(n.target):
+            self._entered[n] = torch.autocast(*n.args)  # type: ignore[arg-type]
+            return self._entered[n].__enter__()  # type: ignore[no-untyped-call]
+        if internals.is_exit_autocast(n.target):
+            return self._entered.pop(n.args[0]).__exit__(None, None, None)  # type: ignore[arg-type]
+        return super().run_node(n)
+
+
+def capture(
+    module: fx.GraphModule,
+    values: Sequence[Any],
+    decompositions: Mapping[Any, Callable[..., Any]],
+) -> Captured:
+    """Trace Dynamo's graph again.
+
+    Args:
+        module: The graph that Dynamo hands to a backend.
+        values: Its example inputs.
+        decompositions: Operators to be replaced while tracing.
+    """
+    mode = internals.current_fake_mode()
+    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    inputs = internals.fake_inputs(mode, placeholders, values)
+    traced = internals.trace(_Capturing(module).run, inputs, mode, decompositions)
+    traced_placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
+    constants = frozenset(
+        node
+        for node, old, value in zip(traced_placeholders, placeholders, values, strict=True)
+        if internals.is_model_state(old, value)
+    )
+    _mark_regions(traced.graph)
+    traced.recompile()
+    return Captured(traced, constants, tuple(inputs), mode)
+
+
+def _mark_regions(graph: fx.Graph) -> None:
+    """Turn the nodes that switch autocast or gradients into metadata of the nodes between them."""
+    autocast: dict[fx.Node, tuple[Any, ...]] = {}
+    grad: bool | None = None
+    switches: list[fx.Node] = []
+    for node in graph.nodes:
+        if internals.is_enter_autocast(node.target):
+            autocast[node] = node.args
+        elif internals.is_exit_autocast(node.target):
+            del autocast[node.args[0]]
+        elif internals.is_set_grad(node.target):
+            grad = None if node.args[0] == torch.is_grad_enabled() else node.args[0]
+        else:
+            if autocast or grad is not None:
+                node.meta[REGION] = Region(tuple(autocast.values()), grad)
+            continue
+        switches.append(node)
+    for node in reversed(switches):
+        graph.erase_node(node)
+
+
+@contextlib.contextmanager
+def in_region_of(node: fx.Node) -> Iterator[None]:
+    """The autocast and gradient modes that ``node`` was captured in."""
+    region = node.meta.get(REGION, Region())
+    with contextlib.ExitStack() as stack:
+        for args in region.autocast:
+            stack.enter_context(torch.autocast(*args))
+        if region.grad is not None:
+            stack.enter_context(torch.set_grad_enabled(region.grad))
+        yield

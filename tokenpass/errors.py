@@ -1,0 +1,21 @@
+"""Every exception and warning that tokenpass raises itself."""
+
+
+class TokenpassError(Exception):
+    """Base class of the errors below."""
+
+
+class OptionError(TokenpassError, ValueError):
+    """An option that does not exist, has a wrong value, or contradicts another one."""
+
+
+class BrokenInvariantError(TokenpassError):
+    """A pass produced a graph that its own checks reject; the rewrite is undone."""
+
+
+class NothingRecordedError(TokenpassError, RuntimeError):
+    """Asked about a compiled model that has not run yet, or that tokenpass did not compile."""
+
+
+class TokenpassWarning(UserWarning):
+    """Something the user should know: nothing converted, a rewrite undone."""

@@ -1,0 +1,91 @@
+"""Look before compiling: what would be found and done in a model."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from tokenpass import torch_internals as internals
+from tokenpass.errors import TokenpassError
+from tokenpass.methods import HiPrune
+from tokenpass.pipeline import analyse, plan
+from tokenpass.report import GraphReport, Refusal, Report
+
+
+def explain(
+    model: Callable[..., Any], *args: Any, method: HiPrune | None = None, **kwargs: Any
+) -> Report:
+    """Plan a method on a model; compile nothing.
+
+    The model runs once with the given inputs, in eager mode, so that Dynamo can trace it.
+
+    Args:
+        model: A module or a function; a compiled one is explained as it was before.
+        *args: Its inputs.
+        method: What to plan; default ``HiPrune()``.
+        **kwargs: More inputs.
+
+    Returns:
+        Blocks, tokens, cost and refusals over all graphs that Dynamo makes of the model.
+
+    Raises:
+        OptionError: If the method does not fit the model.
+        TokenpassError: If Dynamo captures no graph at all.
+    """
+    wanted = method or HiPrune()
+    wanted.check_applicable()
+    target = internals.original_module(model) or model
+    graphs: list[GraphReport] = []
+
+    def planning(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        graphs.append(plan(analyse(module, inputs), wanted, always=False).report)
+        return module.forward
+
+    traced = torch.compile(_fresh(_call), backend=planning, dynamic=False)
+    traced(target, args, kwargs)
+    if not graphs:
+        raise TokenpassError(
+            f"Dynamo captured no graph of {type(target).__name__}: does it run under torch.compile?"
+        )
+    return Report(graphs, _outside(target, args, kwargs, graphs))
+
+
+def _call(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return model(*args, **kwargs)
+
+
+def _fresh(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function with a code object of its own.
+
+    Dynamo keeps compiled code with the code object and limits how often it is compiled anew: an
+    explanation must not use up what the user's own compilations need.
+    """
+    assert isinstance(function, types.FunctionType)
+    return types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+
+
+def _outside(
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    graphs: Sequence[GraphReport],
+) -> list[Refusal]:
+    """Attention that ran outside of every graph, which happens after a graph break."""
+    if len(graphs) == 1:
+        return []
+    captured = sum(len(graph.attentions) for graph in graphs)
+    with internals.counting_attention() as counter:
+        model(*args, **kwargs)
+    missing = counter.attentions - captured
+    if missing <= 0:
+        return []
+    return [
+        Refusal(
+            f"{missing} of {counter.attentions} attentions ran outside of the {len(graphs)} graphs "
+            "that Dynamo captured: remove the graph breaks (TORCH_LOGS=graph_breaks shows them)"
+        )
+    ]

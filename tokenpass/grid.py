@@ -1,0 +1,148 @@
+"""The patch tokens of a model: which axes they run along, and where a dimension carries them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import sympy
+
+from tokenpass.dims import (
+    Axis,
+    Dim,
+    Dims,
+    Factor,
+    Kind,
+    Size,
+    concat_axis,
+    is_data,
+    same,
+    size_of,
+)
+
+SizeOf = Callable[[Size], Size]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The patch tokens as a dimension: rows and columns (and frames) of the image.
+
+    Attributes:
+        dim: The product of the axes that the tokens run along, as in ``(H, W)``.
+    """
+
+    dim: Dim
+
+    @property
+    def shape(self) -> tuple[Size, ...]:
+        """Tokens along each axis: ``(H, W)`` or ``(T, H, W)``; ``(1, N)`` for a single axis."""
+        sizes = tuple(factor.size for factor in self.dim)
+        return sizes if len(sizes) > 1 else (sympy.Integer(1), *sizes)
+
+    @property
+    def count(self) -> Size:
+        return size_of(self.dim)
+
+    def carried_by(self, dim: Dim) -> bool:
+        """Whether the grid runs along ``dim`` as a whole: alone, in a product or among parts."""
+        return any(unit.holds_grid for unit in self.units(dim))
+
+    def carried_in(self, dims: Dims) -> list[int]:
+        return [place for place, dim in enumerate(dims) if self.carried_by(dim)]
+
+    def touched_by(self, axis: Axis) -> bool:
+        """Whether positions along ``axis`` stand for patch tokens, or for parts of the grid."""
+        if any(factor.axis is axis for factor in self.dim):
+            return True
+        return any(
+            self.touched_by(factor.axis) for dim in (*axis.parts, axis.source) for factor in dim
+        )
+
+    def shredded_in(self, dims: Dims) -> bool:
+        """Whether some dimension holds a piece of the grid without carrying all of it."""
+        return any(self.touched_by(factor.axis) for dim in dims for factor in self._others(dim))
+
+    def _others(self, dim: Dim) -> list[Factor]:
+        return [factor for unit in self.units(dim) if not unit.holds_grid for factor in unit.dim]
+
+    def units(self, dim: Dim) -> list[Unit]:
+        """``dim`` as a product of pieces, those that hold the whole grid in one piece."""
+        found: list[Unit] = []
+        place = 0
+        while place < len(dim):
+            width = len(self.dim)
+            if dim[place : place + width] == self.dim:
+                found.append(Unit(self.dim, True))
+                place += width
+                continue
+            single = dim[place : place + 1]
+            axis = concat_axis(single)
+            holds = axis is not None and any(self.carried_by(part) for part in axis.parts)
+            found.append(Unit(single, holds))
+            place += 1
+        return found
+
+    def layout(self, dim: Dim) -> list[Size | None]:
+        """The parts of a unit that holds the grid, in order: their sizes, ``None`` for the grid."""
+        axis = concat_axis(dim)
+        if axis is None:
+            return [None]
+        sizes: list[Size | None] = []
+        for part in axis.parts:
+            sizes += self.layout(part) if self.carried_by(part) else [size_of(part)]
+        return sizes
+
+    def resized(self, dim: Dim, count: Size) -> Size:
+        """The size of ``dim`` if the grid had ``count`` tokens."""
+        total: Size = sympy.Integer(1)
+        for unit in self.units(dim):
+            if not unit.holds_grid:
+                total *= size_of(unit.dim)
+                continue
+            total *= sympy.Add(*(count if size is None else size for size in self.layout(unit.dim)))
+        return total
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A factor of a dimension, or the run of factors that is the grid."""
+
+    dim: Dim
+    holds_grid: bool
+
+
+def image_part(dim: Dim) -> Dim | str:
+    """The patch tokens in a token dimension, or why there are none that can be trusted.
+
+    Only positions that provably come from positions of the input image count: a dimension that
+    arrives from outside the graph as one axis may hold class tokens that nobody can see.
+    """
+    axis = concat_axis(dim)
+    if axis is None:
+        reason = _why_not_spatial(dim)
+        return reason if reason else dim
+    spatial = [part for part in axis.parts if not _why_not_spatial(part)]
+    if len(spatial) == 1:
+        return spatial[0]
+    if len(spatial) > 1:
+        return f"{len(spatial)} grids of image positions lie end to end in one token axis"
+    return _why_not_spatial(max(axis.parts, key=lambda part: (is_data(part), len(part))))
+
+
+def _why_not_spatial(dim: Dim) -> str:
+    """Empty if the positions of ``dim`` are positions of an image."""
+    if not dim or not is_data(dim):
+        return "no token comes from the input"
+    for factor in dim:
+        if factor.axis.kind is Kind.SPATIAL:
+            continue
+        node = factor.axis.node.name if factor.axis.node else "the input"
+        if factor.axis.kind is Kind.OPAQUE:
+            return (
+                f"the token axis comes out of {node}, which the axis analysis does not understand"
+            )
+        if factor.axis.kind is not Kind.INPUT:
+            return f"the token axis is a {factor.axis.kind.value} made by {node}"
+        if len(dim) == 1 and same(factor.size, factor.axis.size):
+            return f"the token axis arrives from outside the graph as one dimension of {node}"
+    return ""

@@ -1,0 +1,171 @@
+"""What the user asks for: one frozen dataclass for each method, checked when it is made."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tokenpass.errors import OptionError
+
+Budget = int | float
+"""A share of the patch tokens (float in (0, 1]) or their number (int, at least 1)."""
+
+Stages = tuple[tuple[int, Budget], ...]
+
+OBJECT_DEPTH = 9 / 24
+"""Relative depth of the object layer: layer 9 of 24 in CLIP ViT-L/14 (HiPrune, section 4.1)."""
+
+DEEP_DEPTH = 18 / 24
+"""Relative depth of the last cut inside the encoder, chosen by measurement (docs/study.md)."""
+
+CUTS = 4
+"""Cuts between the object layer and the deep layer, chosen by measurement (docs/study.md)."""
+
+DEFAULT_KEEP = 0.37
+"""The cheapest share that cost no more than half a point of accuracy (docs/study.md)."""
+
+
+def check_budget(name: str, value: Any) -> None:
+    """Raise :class:`OptionError` unless ``value`` is a share or a number of tokens."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise OptionError(f"{name}={value!r}: expected a float in (0, 1] or an int of at least 1")
+    if isinstance(value, int) and value < 1:
+        raise OptionError(f"{name}={value}: an int is a number of tokens, at least 1")
+    if isinstance(value, float) and not 0.0 < value <= 1.0:
+        raise OptionError(f"{name}={value}: a float is a share of the patch tokens, in (0, 1]")
+
+
+def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    if not any(value is choice or value == choice for choice in choices):
+        allowed = ", ".join(repr(choice) for choice in choices)
+        raise OptionError(f"{name}={value!r}: choose one of {allowed}")
+
+
+@dataclass(frozen=True)
+class HiPrune:
+    """Hierarchical pruning after HiPrune (arXiv 2508.00553): no training.
+
+    Kept are *anchors*, the ``round(K * alpha / 5)`` tokens that receive most attention in the
+    object layer; *buffers*, their four neighbours on the grid; and *registers*, the tokens that
+    receive most attention in a deep layer, up to exactly ``K`` of ``N`` patch tokens.
+
+    Attributes:
+        keep: ``K`` as a share of the patch tokens (float in (0, 1]) or as their number (int >= 1).
+        alpha: Share of the budget for anchors and buffers, in [0, 1].
+        object_layer: The block, counted from 1, whose attention finds the anchors. Default
+            ``round(depth * 9 / 24)``.
+        deep_layer: The block of the last cut. Default ``round(depth * 18 / 24)`` inside the
+            encoder, the last block for ``where="output"``.
+        stages: Schedule of the cuts inside the encoder as ``((layer, keep), ...)``, layers rising
+            and budgets falling; the last one is the final budget and replaces ``keep``.
+        where: ``"encoder"`` cuts inside, so that later blocks cost less; ``"output"`` runs the
+            encoder in full and cuts its output (the form of the paper).
+        dropped: ``"merge"`` adds a dropped token to the kept token most similar to it (default
+            inside the encoder); ``"discard"`` lets it go (default for ``where="output"``).
+        output: ``"restored"`` keeps the shapes of the model's outputs (default inside the encoder);
+            ``"pruned"`` returns prefix and kept tokens only (default for ``where="output"``).
+        compat: ``"llava"`` or ``"qwen"`` select as the published code does, quirks included.
+        ranking: What a cut ranks tokens by: ``"received"`` attention; ``"class"``, the attention
+            that the first prefix token pays; ``"random"``, a baseline.
+
+    Raises:
+        OptionError: If a value is not one of the above.
+    """
+
+    keep: Budget = DEFAULT_KEEP
+    alpha: float = 0.1
+    object_layer: int | None = None
+    deep_layer: int | None = None
+    stages: Stages | None = None
+    where: Literal["encoder", "output"] = "encoder"
+    dropped: Literal["merge", "discard"] | None = None
+    output: Literal["restored", "pruned"] | None = None
+    compat: Literal[False, "llava", "qwen"] = False
+    ranking: Literal["received", "class", "random"] = "received"
+
+    def __post_init__(self) -> None:
+        check_budget("keep", self.keep)
+        check_choice("where", self.where, ("encoder", "output"))
+        check_choice("dropped", self.dropped, ("merge", "discard", None))
+        check_choice("output", self.output, ("restored", "pruned", None))
+        check_choice("compat", self.compat, (False, "llava", "qwen"))
+        check_choice("ranking", self.ranking, ("received", "class", "random"))
+        if isinstance(self.alpha, bool) or not isinstance(self.alpha, (int, float)):
+            raise OptionError(f"alpha={self.alpha!r}: expected a float in [0, 1]")
+        if not 0.0 <= self.alpha <= 1.0:
+            raise OptionError(f"alpha={self.alpha}: expected a float in [0, 1]")
+        for name in ("object_layer", "deep_layer"):
+            self._check_layer(name, getattr(self, name))
+        if self.stages is not None:
+            object.__setattr__(self, "stages", self._checked_stages(self.stages))
+
+    @staticmethod
+    def _check_layer(name: str, value: Any) -> None:
+        if value is None:
+            return
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise OptionError(f"{name}={value!r}: expected a block counted from 1, or None")
+
+    def _checked_stages(self, stages: Any) -> Stages:
+        pairs = tuple(tuple(pair) for pair in stages)
+        if not pairs or any(len(pair) != 2 for pair in pairs):
+            raise OptionError(f"stages={stages!r}: expected pairs (layer, keep)")
+        for layer, keep in pairs:
+            self._check_layer("stages: layer", layer)
+            check_budget("stages: keep", keep)
+        layers = [layer for layer, _ in pairs]
+        if layers != sorted(set(layers)):
+            raise OptionError(f"stages={stages!r}: layers must rise from one cut to the next")
+        if self.where == "output":
+            raise OptionError('stages cut inside the encoder: they contradict where="output"')
+        if self.keep not in (DEFAULT_KEEP, pairs[-1][1]):
+            raise OptionError(
+                f"keep={self.keep} contradicts stages={stages!r}, whose last cut is the budget: "
+                "pass one of them"
+            )
+        object.__setattr__(self, "keep", pairs[-1][1])
+        return pairs
+
+    def check_applicable(self) -> None:
+        """Raise :class:`OptionError` where the method can select but not rewrite a model."""
+        if self.compat and self.where == "encoder":
+            raise OptionError(
+                f"compat={self.compat!r} reproduces code that cuts the encoder's output: "
+                'pass where="output" with it'
+            )
+        if self.compat == "qwen":
+            raise OptionError(
+                'compat="qwen" keeps a number of tokens that depends on the image: it works in '
+                'tokenpass.select, not in a compiled model; use compat=False or "llava"'
+            )
+
+    @property
+    def merges(self) -> bool:
+        """Whether dropped tokens are merged, the default resolved."""
+        return (self.dropped or ("merge" if self.where == "encoder" else "discard")) == "merge"
+
+    @property
+    def restores(self) -> bool:
+        """Whether outputs keep their shapes, the default resolved."""
+        return (self.output or ("restored" if self.where == "encoder" else "pruned")) == "restored"
+
+    @property
+    def full(self) -> bool:
+        """Whether the budget is all tokens, whatever their number."""
+        budgets = [keep for _, keep in self.stages or ()] or [self.keep]
+        return all(isinstance(keep, float) and keep == 1.0 for keep in budgets)
+
+
+def layer_at(depth: int, share: float) -> int:
+    """The block, counted from 1, at a relative depth."""
+    return min(depth, max(1, round(depth * share)))
+
+
+def cut_layers(first: int, last: int) -> list[int]:
+    """At most :data:`CUTS` blocks from ``first`` to ``last``, evenly spaced, both included."""
+    count = min(CUTS, last - first + 1)
+    if count <= 1:
+        return [last]
+    step = (last - first) / (count - 1)
+    return [first + math.floor(step * index) for index in range(count)]

@@ -1,0 +1,230 @@
+"""The steps from Dynamo's graph to the rewritten one, in order."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import fx
+
+from tokenpass import torch_internals as internals
+from tokenpass.blocks import Block, Found, NoMatch
+from tokenpass.capture import Captured, capture
+from tokenpass.dims import Size
+from tokenpass.errors import OptionError, TokenpassWarning
+from tokenpass.facts import Facts
+from tokenpass.layout import batch_factors
+from tokenpass.methods import HiPrune
+from tokenpass.passes.check import check_rewrite
+from tokenpass.passes.cost import cost_after, cost_before, evaluate
+from tokenpass.passes.find_blocks import find_blocks
+from tokenpass.passes.functionalise import functionalise, written_values
+from tokenpass.passes.label_axes import label_axes
+from tokenpass.passes.normalise import DECOMPOSITIONS
+from tokenpass.passes.plan_pruning import plan_pruning
+from tokenpass.passes.prune import prune
+from tokenpass.passes.versions import Versions, decide_versions
+from tokenpass.proof import proof
+from tokenpass.pruning import Pruning
+from tokenpass.report import BlockReport, GraphReport, Refusal
+
+log = logging.getLogger("tokenpass")
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """One graph, understood.
+
+    Attributes:
+        captured: The canonical graph.
+        facts: Its axes.
+        found: What the patterns found.
+    """
+
+    captured: Captured
+    facts: Facts
+    found: Found
+
+    def extent(self, size: Size) -> Any:
+        """A size as an integer of the running compilation."""
+        return internals.symbolic_size(self.captured.mode, size)
+
+    def batch_inputs(self) -> tuple[tuple[int, int], ...]:
+        """Where the number of images can be read: pairs of input and dimension."""
+        found, facts = self.found, self.facts
+        if found.grid is None or not found.blocks:
+            return ()
+        inputs = [node for node in facts.graph.nodes if node.op == "placeholder"]
+        pairs: list[tuple[int, int]] = []
+        for factor in batch_factors(facts.dims(found.blocks[0].out), found.grid):
+            node = factor.axis.node
+            if node is not None and node in inputs:
+                places = [p for p, dim in enumerate(facts.dims(node)) if factor in dim]
+                pairs += [(inputs.index(node), place) for place in places]
+        return tuple(pairs)
+
+    def hint(self, size: Size) -> int:
+        """A size as the number that it has for the inputs at hand."""
+        return internals.size_hint(self.captured.mode, size)
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """What a method makes of a graph.
+
+    Attributes:
+        module: The rewritten graph; ``None`` where the original stays.
+        plan: The cuts, if there are any.
+        report: For the user.
+    """
+
+    module: fx.GraphModule | None
+    plan: Pruning | None
+    report: GraphReport
+
+
+def analyse(module: fx.GraphModule, inputs: Sequence[Any], *, rewriting: bool = True) -> Analysis:
+    """Capture, normalise, label the axes, find the blocks.
+
+    A graph that will be rewritten is compiled for the grid at hand (the batch may stay symbolic):
+    budgets are shares of its tokens, and symbolic ones would end up in every guard.
+    """
+    analysis = _analyse(module, inputs)
+    if not rewriting or analysis.found.grid is None:
+        return analysis
+    symbols = analysis.found.grid.count.free_symbols
+    if not symbols:
+        return analysis
+    internals.specialise(analysis.captured.inputs, symbols)
+    return _analyse(module, inputs)
+
+
+def _analyse(module: fx.GraphModule, inputs: Sequence[Any]) -> Analysis:
+    captured = capture(module, inputs, DECOMPOSITIONS)
+    functionalise(captured.module.graph, captured.mode)
+    captured.module.recompile()
+    facts = label_axes(captured.module.graph, captured.constants)
+    return Analysis(captured, facts, find_blocks(facts))
+
+
+def plan(analysis: Analysis, method: HiPrune, *, always: bool) -> Rewrite:
+    """Decide what to do and predict its cost; rewrite nothing.
+
+    Args:
+        analysis: Of the graph.
+        method: What was asked for.
+        always: Rewrite at full budget too, and where it does not pay.
+    """
+    facts, found = analysis.facts, analysis.found
+    before = cost_before(facts, found.grid)
+    report = GraphReport(
+        attentions=found.attentions,
+        mlps=found.mlps,
+        blocks=_untouched(analysis, found.blocks),
+        refusals=[_refusal(miss) for miss in found.misses],
+        proof=proof(facts, found),
+        cost=before,
+        cost_before=before,
+    )
+    if found.grid is not None:
+        tokens = analysis.hint(found.grid.count)
+        report = replace(report, tokens=tokens, kept=tokens)
+    number = evaluate(before, {0: report.tokens}, analysis.hint)
+    report = replace(report, flops=number, flops_before=number)
+    decided = plan_pruning(facts, found, method, analysis.extent, analysis.hint)
+    if isinstance(decided, NoMatch):
+        return _refused(report, _refusal(decided))
+    if method.full and not always:
+        return Rewrite(None, None, report)
+    return _with_costs(analysis, decided, report, always=always)
+
+
+def _with_costs(
+    analysis: Analysis, decided: Pruning, report: GraphReport, *, always: bool
+) -> Rewrite:
+    versions = _versions(analysis, decided)
+    cost = cost_after(analysis.facts, decided, versions)
+    counts = {v: analysis.hint(decided.count(v)) for v in range(len(decided.stages) + 1)}
+    flops = evaluate(cost, counts, analysis.hint)
+    if decided.method.where == "encoder" and flops >= report.flops_before and not always:
+        reason = f"pruning would not pay: {flops} FLOPs instead of {report.flops_before}"
+        return _refused(report, Refusal(reason))
+    report = replace(
+        report,
+        converted=True,
+        blocks=_with_tokens(decided, versions, counts),
+        cost=cost,
+        flops=flops,
+        kept=counts[len(decided.stages)],
+    )
+    return Rewrite(None, decided, report)
+
+
+def _versions(analysis: Analysis, decided: Pruning) -> Versions:
+    pinned = written_values(analysis.captured.module.graph)
+    return decide_versions(analysis.facts, decided, pinned)
+
+
+def _untouched(analysis: Analysis, blocks: Sequence[Block]) -> list[BlockReport]:
+    grid = analysis.found.grid
+    tokens = analysis.hint(grid.count) if grid is not None else 0
+    return [BlockReport(block, tokens, tokens) for block in blocks]
+
+
+def _with_tokens(decided: Pruning, versions: Versions, counts: dict[int, int]) -> list[BlockReport]:
+    rows: list[BlockReport] = []
+    cuts = {stage.at: stage.number for stage in decided.stages if stage.at is not None}
+    for block in decided.found.blocks:
+        entering = versions.level[block.attention.softmax]
+        leaving = cuts.get(block.out, versions.level[block.out])
+        rows.append(BlockReport(block, counts[entering], counts[leaving]))
+    return rows
+
+
+def _refused(report: GraphReport, refusal: Refusal) -> Rewrite:
+    return Rewrite(None, None, replace(report, refusals=[*report.refusals, refusal]))
+
+
+def _refusal(miss: NoMatch) -> Refusal:
+    first = miss.nodes[0] if miss.nodes else None
+    stack = (first.meta.get("stack_trace") or "") if first is not None else ""
+    return Refusal(f"{miss.pattern}: {miss.reason}", first.name if first is not None else "", stack)
+
+
+def rewrite(analysis: Analysis, method: HiPrune, *, always: bool) -> Rewrite:
+    """Plan, rewrite and check. Whatever fails in here leaves the original in place and says so."""
+    planned = plan(analysis, method, always=always)
+    if planned.plan is None:
+        return planned
+    try:
+        versions = _versions(analysis, planned.plan)
+        module = prune(analysis.captured, analysis.facts, planned.plan, versions)
+        check_rewrite(analysis.captured, analysis.facts, planned.plan, module)
+    except Exception as error:
+        if isinstance(error, OptionError) or internals.steers_compilation(error):
+            raise
+        return undone(planned, error)
+    return replace(planned, module=module)
+
+
+def undone(planned: Rewrite, error: Exception) -> Rewrite:
+    """The original graph instead of a rewrite that failed, with one warning and a refusal."""
+    reason = f"the rewrite failed and was undone: {type(error).__name__}: {error}"
+    log.debug("rewrite undone", exc_info=error)
+    warnings.warn(f"tokenpass: {reason}", TokenpassWarning, stacklevel=2)
+    report = planned.report
+    blocks = [
+        replace(row, tokens_in=report.tokens, tokens_out=report.tokens) for row in report.blocks
+    ]
+    report = replace(
+        report,
+        converted=False,
+        blocks=blocks,
+        cost=report.cost_before,
+        flops=report.flops_before,
+        kept=report.tokens,
+    )
+    return _refused(report, Refusal(reason))

@@ -1,0 +1,259 @@
+"""The one door to private torch APIs.
+
+Everything below was tried on the torch versions in :data:`TRIED`; another version stops the import
+with an error that says so, because a silent change of one of these would be a wrong result. Dynamo
+and Inductor are imported where they are used: they take seconds, and who uses them has them loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import sympy
+import torch
+import torch.fx.traceback
+from torch import fx
+from torch._guards import TracingContext
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
+
+from tokenpass.errors import TokenpassError
+
+TRIED = ("2.13",)
+
+Compiled = Callable[..., Any]
+
+if not torch.__version__.startswith(TRIED):
+    raise TokenpassError(
+        f"tokenpass works with torch {' or '.join(TRIED)}, found {torch.__version__}: "
+        f"install one of these, or a tokenpass made for torch {torch.__version__}"
+    )
+
+
+# ---------------------------------------------------------------- tracing (2.13)
+
+
+def current_fake_mode() -> FakeTensorMode:
+    """The fake mode that Dynamo compiles the current graph under; outside of it a static one."""
+    context = TracingContext.try_get()
+    mode = context.fake_mode if context else None
+    return mode or FakeTensorMode(static_shapes=True, allow_non_fake_inputs=True)
+
+
+def fake_inputs(
+    mode: FakeTensorMode, placeholders: Sequence[fx.Node], values: Sequence[Any]
+) -> list[Any]:
+    """Fakes of a graph's inputs: parameters with static shapes, the rest as Dynamo saw them."""
+    context = TracingContext.try_get()
+    symbolic = context.tensor_to_context if context else {}
+
+    def fake(node: fx.Node, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        if context is None or isinstance(value, torch.nn.Parameter):
+            return mode.from_tensor(value, static_shapes=True)
+        source = getattr(node, "_dynamo_source", None)
+        return mode.from_tensor(value, symbolic_context=symbolic.get(value), source=source)
+
+    return [fake(node, value) for node, value in zip(placeholders, values, strict=True)]
+
+
+def is_model_state(placeholder: fx.Node, value: Any) -> bool:
+    """Whether a graph input is a parameter, a buffer or a global, and not what the user passed."""
+    if isinstance(value, torch.nn.Parameter):
+        return True
+    source = getattr(placeholder, "_dynamo_source", None)
+    if source is None:
+        return False
+    guard = source.guard_source
+    return bool(
+        guard.is_specialized_nn_module()
+        or guard.is_unspecialized_nn_module()
+        or guard.is_fsdp_module()
+        or guard.name.startswith("GLOBAL")
+    )
+
+
+def trace(
+    function: Callable[..., Any],
+    inputs: Sequence[Any],
+    mode: FakeTensorMode,
+    decompositions: Mapping[Any, Callable[..., Any]] | None = None,
+) -> fx.GraphModule:
+    """``function`` as a graph of composite, differentiable ATen operators."""
+
+    def traced(*args: Any) -> Any:
+        with torch.fx.traceback.preserve_node_meta():
+            return function(*args)
+
+    with mode:
+        return make_fx(
+            traced,
+            decomposition_table=dict(decompositions or {}),
+            pre_dispatch=True,
+            _allow_non_fake_inputs=True,
+        )(*inputs)
+
+
+def propagate(module: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode) -> Any:
+    """Shapes and dtypes of a graph's outputs, computed anew from fake inputs."""
+    with mode:
+        return FakeTensorProp(module, mode).propagate_dont_convert_inputs(*inputs)
+
+
+@contextlib.contextmanager
+def provenance(node: fx.Node, rule: str) -> Iterator[None]:
+    """Nodes traced inside carry the stack trace of ``node`` and the name of the rule."""
+    with (
+        torch.fx.traceback.set_current_meta(node),
+        torch.fx.traceback.annotate({"tokenpass": rule}),
+    ):
+        yield
+
+
+def symbolic_size(mode: FakeTensorMode, expression: sympy.Expr) -> int | torch.SymInt:
+    """A size as an integer, or as a symbolic integer that a trace under ``mode`` can follow."""
+    if expression.is_Integer:
+        return int(expression)
+    environment = mode.shape_env
+    assert environment is not None
+    symbols = {s: environment.create_symintnode(s, hint=None) for s in expression.free_symbols}
+    return sympy_interp(PythonReferenceAnalysis, symbols, expression)  # type: ignore[no-any-return]
+
+
+def specialise(inputs: Iterable[Any], symbols: Collection[sympy.Symbol]) -> None:
+    """Compile for the values that some symbols have now; other values compile anew."""
+    sizes = [
+        size
+        for value in inputs
+        for size in (value.shape if isinstance(value, torch.Tensor) else [value])
+        if isinstance(size, torch.SymInt)
+    ]
+    for size in sizes:
+        if size.node.expr.free_symbols & set(symbols):
+            int(size)
+
+
+def size_hint(mode: FakeTensorMode, expression: sympy.Expr) -> int:
+    """The value that a symbolic size has for the inputs of this compilation."""
+    if expression.is_Integer:
+        return int(expression)
+    assert mode.shape_env is not None
+    return int(mode.shape_env.optimization_hint(expression))
+
+
+def smaller(a: int, b: int) -> int:
+    """The smaller of two sizes, of which either may be symbolic."""
+    symbolic = isinstance(a, torch.SymInt) or isinstance(b, torch.SymInt)
+    return torch.sym_min(a, b) if symbolic else min(a, b)  # type: ignore[no-untyped-call]
+
+
+def larger(a: int, b: int) -> int:
+    """The larger of two sizes, of which either may be symbolic."""
+    symbolic = isinstance(a, torch.SymInt) or isinstance(b, torch.SymInt)
+    return torch.sym_max(a, b) if symbolic else max(a, b)  # type: ignore[no-untyped-call]
+
+
+def is_enter_autocast(target: Any) -> bool:
+    return target is torch.amp.autocast_mode._enter_autocast
+
+
+def is_exit_autocast(target: Any) -> bool:
+    return target is torch.amp.autocast_mode._exit_autocast
+
+
+def is_set_grad(target: Any) -> bool:
+    return target is torch._C._set_grad_enabled
+
+
+# ---------------------------------------------------------------- backends (2.13)
+
+
+def steers_compilation(error: Exception) -> bool:
+    """Whether an exception is how Dynamo and its backends steer compilation, and no failure."""
+    from torch._dynamo.exc import RestartAnalysis, SkipFrame
+
+    return isinstance(error, (RestartAnalysis, SkipFrame))
+
+
+def backend_names() -> list[str]:
+    """The backends that ``torch.compile`` knows by name."""
+    from torch._dynamo.backends.registry import list_backends
+
+    return sorted(list_backends(exclude_tags=()))
+
+
+def inner_compile(
+    name: str, module: fx.GraphModule, inputs: Sequence[Any], mode: str | None
+) -> Compiled:
+    """Hand a graph to another torch.compile backend."""
+    from torch._dynamo.backends.registry import lookup_backend
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    if name == "inductor":
+        patches = list_mode_options(mode) if mode else None
+        return compile_fx(module, inputs, config_patches=patches)  # type: ignore[return-value]
+    return lookup_backend(name)(module, list(inputs))
+
+
+def compiling_backend() -> object | None:
+    """The backend object of the ``torch.compile`` call whose graph is being compiled."""
+    from torch._dynamo.eval_frame import innermost_backend
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        translator = InstructionTranslator.current_tx()
+    except AttributeError:
+        return None
+    return innermost_backend(translator.output.compiler_fn)  # type: ignore[arg-type]
+
+
+def backend_of(compiled: Any) -> object | None:
+    """The backend object behind what ``torch.compile`` returned, or behind ``module.compile()``."""
+    from torch._dynamo.eval_frame import OptimizedModule, innermost_backend
+
+    if isinstance(compiled, OptimizedModule):
+        return innermost_backend(compiled.dynamo_ctx.callback)  # type: ignore[arg-type]
+    call = getattr(compiled, "_compiled_call_impl", None) or compiled
+    if not inspect.isfunction(call):
+        return None
+    callback = inspect.getclosurevars(call).nonlocals.get("callback")
+    return innermost_backend(callback) if callback is not None else None
+
+
+def original_module(compiled: Any) -> torch.nn.Module | None:
+    """The user's module inside a compiled one."""
+    from torch._dynamo.eval_frame import OptimizedModule
+
+    if isinstance(compiled, OptimizedModule):
+        return compiled._orig_mod
+    return compiled if isinstance(compiled, torch.nn.Module) else None
+
+
+# ---------------------------------------------------------------- counting (2.13)
+
+
+class AttentionCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts softmax and fused attention operators that run eagerly."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.attentions = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name
+        self.attentions += "scaled_dot_product" in name or name == "aten::_softmax"
+        return func(*args, **(kwargs or {}))
+
+
+def counting_attention() -> AttentionCounter:
+    """A context that counts the attention that runs inside it."""
+    return AttentionCounter()
