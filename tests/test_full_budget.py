@@ -1,0 +1,123 @@
+"""At full budget the rewritten graph is the original model.
+
+Breaks if a gather, a merge, a bias, a table look-up or a restoration moves a single token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import tokenpass
+from tests.zoo import ENTRIES, Entry, relative_error, tensors
+
+OPTIONS = st.fixed_dictionaries(
+    {
+        "dropped": st.sampled_from(["merge", "discard"]),
+        "where": st.sampled_from(["encoder", "output"]),
+        "output": st.sampled_from(["restored", "pruned"]),
+        "alpha": st.sampled_from([0.0, 0.1, 1.0]),
+        "ranking": st.sampled_from(["received", "random"]),
+    }
+)
+
+
+QUICK = {"timm/deit_tiny_distilled_patch16_224", "timm/eva02_tiny_patch14_224"}
+MODELS = [
+    pytest.param(entry, id=entry.name, marks=[] if entry.name in QUICK else [pytest.mark.slow])
+    for entry in ENTRIES
+]
+everywhere = pytest.mark.parametrize("entry", MODELS)
+
+
+def compiled(model: nn.Module, *, dynamic: bool | None = None, **options: Any) -> Any:
+    full = {"keep": 1.0, "always_rewrite": True, "inner": "eager", **options}
+    return torch.compile(model, backend="tokenpass", options=full, dynamic=dynamic)
+
+
+@everywhere
+def test_outputs_equal_the_original(entry: Entry) -> None:
+    model = entry.build()
+
+    @given(batch=st.integers(1, 3), options=OPTIONS)
+    def holds(batch: int, options: dict[str, Any]) -> None:
+        torch._dynamo.reset()
+        images = entry.images(batch)
+        fast = compiled(model, **options)
+        with torch.no_grad():
+            found, expected = fast(images), model(images)
+        assert tokenpass.report(fast).converted
+        assert tokenpass.kept(fast).tolist() == [list(range(64))] * batch
+        if options["dropped"] == "discard":
+            assert all(map(torch.equal, tensors(found), tensors(expected)))
+        assert relative_error(found, expected) <= 1e-5
+
+    holds()
+
+
+@pytest.mark.parametrize("dropped", ["merge", "discard"])
+@everywhere
+def test_gradients_equal_the_original(entry: Entry, dropped: str) -> None:
+    model = entry.build()
+    images = entry.images(2)
+    fast = compiled(model, dropped=dropped)
+    gradients = []
+    for function in (model, fast):
+        model.zero_grad()
+        torch.stack([x.square().mean() for x in tensors(function(images))]).sum().backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    expected, found = gradients
+    assert tokenpass.report(fast).converted
+    assert found.keys() == expected.keys()
+    scale = max(float(g.abs().max()) for g in expected.values())
+    for name, gradient in expected.items():
+        assert float((found[name] - gradient).abs().max()) <= 1e-4 * scale, name
+
+
+TOLERANCES = {torch.bfloat16: 2e-2, torch.float16: 2e-3, torch.float64: 1e-12}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@everywhere
+def test_other_dtypes(entry: Entry, dtype: torch.dtype) -> None:
+    model = entry.build().to(dtype)
+    images = entry.images(2).to(dtype)
+    fast = compiled(model)
+    with torch.no_grad():
+        assert relative_error(fast(images), model(images)) <= TOLERANCES[dtype]
+    assert tokenpass.report(fast).converted
+
+
+@everywhere
+def test_under_autocast(entry: Entry) -> None:
+    model, images = entry.build(), entry.images(2)
+    fast = compiled(model)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert relative_error(fast(images), model(images)) <= TOLERANCES[torch.bfloat16]
+    assert tokenpass.report(fast).converted
+
+
+@everywhere
+def test_in_inference_mode(entry: Entry) -> None:
+    model, images = entry.build(), entry.images(2)
+    fast = compiled(model)
+    with torch.inference_mode():
+        assert relative_error(fast(images), model(images)) <= 1e-5
+    assert tokenpass.report(fast).converted
+
+
+@everywhere
+def test_dynamic_batch(entry: Entry) -> None:
+    model = entry.build()
+    fast = compiled(model, dynamic=True)
+    with torch.no_grad():
+        for batch in (4, 6, 5):
+            images = entry.images(batch)
+            assert relative_error(fast(images), model(images)) <= 1e-5
+            assert tokenpass.kept(fast).shape == (batch, 64)
+    assert len(tokenpass.report(fast).graphs) == 1
