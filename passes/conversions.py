@@ -33,7 +33,8 @@ class Conversions:
     def cut(self, x: Tensor, dims: Dims, version: int) -> Tensor:
         """The stream after the cut that makes ``version``; ``x`` has the tokens before it."""
         after = self._stages[version]
-        if after.owner is None or after.owner.shape[1] == after.count:
+        mergeable = len(self._grid.carried_in(dims)) == 1
+        if not mergeable or after.owner is None or after.owner.shape[1] == after.count:
             return self._take(x, dims, after.kept, version - 1)
         (place,) = self._grid.carried_in(dims)
         unit = next(unit.dim for unit in self._grid.units(dims[place]) if unit.holds_grid)

@@ -4,8 +4,8 @@
 as ``reshape``, ``permute``, ``slice``, ``select``, ``expand``, ``unsqueeze``, ``squeeze`` and
 ``cat``; ``einsum`` as the batched product that it is computed with; what does nothing in this graph
 (dropout in eval mode, a cast to the same dtype) as nothing. A decomposition that answers
-``NotImplemented`` leaves the operator as it is. The same kernels run as before, so the
-numbers stay the same bit for bit.
+``NotImplemented`` leaves the operator as it is. But for fused layers the same kernels run as
+before, so the numbers stay the same bit for bit.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from tokenpass.passes.fast_path import FAST_PATH
 
 aten = torch.ops.aten
 
@@ -228,4 +230,5 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     aten.to.dtype: _cast,
     aten.to.device: _cast_and_move,
     aten.einsum.default: _composite(aten.einsum.default),
+    **FAST_PATH,
 }

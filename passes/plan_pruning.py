@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from tokenpass import torch_internals as internals
 from tokenpass.blocks import Attention, Block, Found, NoMatch
-from tokenpass.dims import Size
+from tokenpass.dims import Dim, Size
 from tokenpass.errors import OptionError
 from tokenpass.facts import Facts
 from tokenpass.graph import expression
@@ -98,7 +98,8 @@ def _encoder_pruning(
         left = _fewer(token_budget(keep, tokens), left)
         stages.append(Stage(number, layer, block.attention, block.out, expression(left)))
     anchors = blocks[anchor_block - 1].attention
-    reason = _why_not(facts, grid, [blocks[layer - 1] for layer, _ in schedule], anchors)
+    cut = [blocks[layer - 1] for layer, _ in schedule]
+    reason = _why_not(facts, grid, cut, anchors, method.ranking)
     if reason is not None:
         return reason
     at = stages[0].at
@@ -115,7 +116,7 @@ def _output_pruning(
     anchor_block = method.object_layer or layer_at(depth, OBJECT_DEPTH)
     deep_block = method.deep_layer or depth
     anchors, deep = (blocks[layer - 1].attention for layer in (anchor_block, deep_block))
-    reason = _why_not(facts, grid, [blocks[deep_block - 1]], anchors)
+    reason = _why_not(facts, grid, [blocks[deep_block - 1]], anchors, method.ranking)
     if reason is not None:
         return reason
     batch = batch_factors(facts.dims(blocks[deep_block - 1].out), grid)
@@ -137,7 +138,14 @@ def _fewer(count: Extent, left: Extent) -> Extent:
     return internals.smaller(count, left)
 
 
-def _why_not(facts: Facts, grid: Grid, blocks: list[Block], anchors: Attention) -> NoMatch | None:
+def _first_is_patch(grid: Grid, dim: Dim) -> bool:
+    (tokens,) = (unit.dim for unit in grid.units(dim) if unit.holds_grid)
+    return grid.layout(tokens)[0] is None
+
+
+def _why_not(
+    facts: Facts, grid: Grid, blocks: list[Block], anchors: Attention, ranking: str
+) -> NoMatch | None:
     """Why tokens cannot be scored or cut at these places, if they cannot."""
     batch = None
     for block in blocks:
@@ -149,6 +157,9 @@ def _why_not(facts: Facts, grid: Grid, blocks: list[Block], anchors: Attention) 
         if batch is not None and set(batch) != set(factors):
             return NoMatch(PATTERN, "the batch changes between the cuts", (block.out,))
         batch = factors
+    if ranking == "class" and _first_is_patch(grid, anchors.key_dim):
+        reason = "ranking by a class token: no prefix token comes before the patch tokens"
+        return NoMatch(PATTERN, reason, (anchors.softmax,))
     for attention in (anchors, *(block.attention for block in blocks)):
         for node in (attention.query, attention.key):
             dims = facts.dims(node)

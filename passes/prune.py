@@ -16,11 +16,12 @@ from torch import Tensor, fx
 from tokenpass import torch_internals as internals
 from tokenpass.blocks import Attention
 from tokenpass.capture import Captured, in_region_of
-from tokenpass.dims import Dim, Dims
+from tokenpass.dims import Dim, Dims, is_data
 from tokenpass.facts import Facts
-from tokenpass.graph import arguments, values_of, with_arguments
+from tokenpass.graph import expression, values_of, with_arguments
 from tokenpass.layout import Layout
 from tokenpass.passes.conversions import Conversions
+from tokenpass.passes.key_bias import with_key_bias
 from tokenpass.passes.stages import Stages
 from tokenpass.passes.versions import Versions
 from tokenpass.pruning import Pruning
@@ -77,10 +78,17 @@ class _Pruner:
             elif node.op == "output":
                 return self._outputs(node)
             elif not values_of(node):
-                self.env[node, 0] = self._call(node, *self._arguments(node))
+                self.env[node, 0] = self._number(node)
             elif self._level(node) in self.versions.computed.get(node, ()):
                 self.value(node, self._level(node))
         raise AssertionError("a graph without an output")
+
+    def _number(self, node: fx.Node) -> Any:
+        """The original's number where it is a size; else what ``node`` computes."""
+        value = node.meta.get("val")
+        if isinstance(value, (int, torch.SymInt)):
+            return self.layout.extent(expression(value))
+        return self._call(node, *self._arguments(node))
 
     def _level(self, node: fx.Node) -> int:
         return self.versions.level[node]
@@ -90,11 +98,19 @@ class _Pruner:
         whole = self.plan.method.restores
 
         def produce(node: fx.Node) -> Any:
+            if self.plan.method.merges and not self.plan.inside and self.carries(node):
+                return self._merged_output(node)
             return self.value(node, 0 if whole or not self.carries(node) else final)
 
         outputs = fx.map_arg(output.args[0], produce)
         flat = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
         return (*flat, self.stages[final].positions)
+
+    def _merged_output(self, node: fx.Node) -> Any:
+        """An output of an encoder that ran in full, its dropped tokens merged afterwards."""
+        dims = self.facts.dims(node)
+        merged = self.convert.cut(self.value(node, 0), dims, 1)
+        return self.convert.restore(merged, dims, 1, None) if self.plan.method.restores else merged
 
     def carries(self, node: fx.Node) -> bool:
         return any(self.grid.carried_in(dims) for dims in self.facts.effects[node].outs)
@@ -137,7 +153,7 @@ class _Pruner:
         ``None`` for values of another kind.
         """
         at = self.plan.stages[have - 1].at
-        if at is None or self.facts.dims(at) != dims:
+        if at is None or not _same_data(self.facts.dims(at), dims):
             return None
         return self.value(at, 0)  # type: ignore[no-any-return]
 
@@ -147,8 +163,11 @@ class _Pruner:
         args, kwargs = self._arguments(node, version)
         attention = self.attention.get(node)
         level = self._level(node)
-        if attention is not None and level and self.stages[level].sizes is not None:
-            args, kwargs = self._with_sizes(node, attention, args, kwargs)
+        sizes = self.stages[level].sizes if attention is not None and level else None
+        if attention is not None and sizes is not None:
+            bias = self.stages.key_bias(attention, sizes)
+            dims = self.facts.dims(node)
+            args, kwargs = with_key_bias(node, attention, bias, self.layout, dims, args, kwargs)
         return self._call(node, args, kwargs)
 
     def _call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
@@ -208,33 +227,9 @@ class _Pruner:
             self.met[key] = self.layout.meet(x, own, seen, index)
         return self.met[key]
 
-    def _with_sizes(
-        self, node: fx.Node, attention: Attention, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The attention with the logarithm of the keys' sizes added to its scores."""
-        sizes = self.stages[self._level(node)].sizes
-        assert sizes is not None
-        bias = self.stages.key_bias(attention, sizes)
-        if not attention.fused:
-            dims = self.facts.dims(node)
-            place = arguments(node)["dim"] % len(dims)
-            scores = args[0] + self.layout.align(bias, place, dims).to(args[0].dtype)
-            return (scores, *args[1:]), kwargs
-        given = {
-            item.name: value for item, value in zip(_schema(node), args, strict=False)
-        } | kwargs
-        frame = (*self.facts.dims(node)[:-1], attention.key_dim)
-        wide = self.layout.align(bias, len(frame) - 1, frame).to(args[0].dtype)
-        mask = given.get("attn_mask")
-        if mask is not None and mask.dtype == torch.bool:
-            wide = wide.masked_fill(~mask, -torch.inf)
-        elif mask is not None:
-            wide = wide + mask
-        return (), {
-            **{item.name: given[item.name] for item in _schema(node) if item.name in given},
-            "attn_mask": wide,
-        }
 
-
-def _schema(node: fx.Node) -> Any:
-    return node.target._schema.arguments  # type: ignore[union-attr]
+def _same_data(a: Dims, b: Dims) -> bool:
+    """Whether images and tokens lie in the same places of two values."""
+    return len(a) == len(b) and all(
+        x == y for x, y in zip(a, b, strict=True) if is_data(x) or is_data(y)
+    )

@@ -17,7 +17,7 @@ from torch import fx
 from tokenpass.blocks import Attention
 from tokenpass.dims import Axis, Dims, axes_of
 from tokenpass.facts import Effect, Facts, What, lined_up
-from tokenpass.graph import operands
+from tokenpass.graph import acts, operands
 from tokenpass.pruning import Pruning
 
 
@@ -123,11 +123,16 @@ class _Analysis:
     def _want_outputs(self) -> None:
         (output,) = self.facts.graph.find_nodes(op="output")
         final = len(self.plan.stages)
+        after_merging = self.plan.method.merges and not self.plan.inside
         for node in output.all_input_nodes:
-            whole = self.plan.method.restores or not self.carries(node)
+            whole = self.plan.method.restores or after_merging or not self.carries(node)
             self.wanted[node].add(0 if whole else final)
         for node in self.pinned:
             self.wanted[node].add(0)
+        for node in self.facts.graph.nodes:
+            if acts(node):
+                for operand in operands(node):
+                    self.wanted[operand].add(0)
 
     def _want_scores(self) -> None:
         for stage in self.plan.stages:
@@ -202,7 +207,8 @@ class _Analysis:
         if all(stage.count == self.grid.count for stage in self.plan.stages):
             return False
         effect = self.facts.effects[node]
-        touched = any(self.grid.touched_by(axis) for axis in effect.mixed)
+        axes = effect.mixed | axes_of(dim for dims in effect.outs for dim in dims)
+        touched = any(self.grid.touched_by(axis) for axis in axes)
         return effect.what is What.VIEW and bool(effect.literals) and not touched
 
     def _is_key_or_value(self, node: fx.Node, operand: fx.Node) -> bool:

@@ -12,7 +12,7 @@ from tokenpass import torch_internals as internals
 from tokenpass.errors import NothingRecordedError
 from tokenpass.methods import Budget, check_budget
 from tokenpass.report import GraphReport, Report
-from tokenpass.runtime import CompiledGraph, Session, graphs_of, with_budget
+from tokenpass.runtime import CompiledGraph, Session, graphs_of, last_call, with_budget
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def kept(compiled: Any) -> Tensor:
     Raises:
         NothingRecordedError: If the model has not run, or has no patch tokens.
     """
-    found = [session.kept for _, session in _sessions(compiled) if session.kept is not None]
+    found = [session.kept for session in _last_call(compiled) if session.kept is not None]
     if not found:
         raise NothingRecordedError(
             "no patch tokens are known of the last call: tokenpass.report shows what was refused"
@@ -66,7 +66,7 @@ def kept(compiled: Any) -> Tensor:
 
 
 def report(compiled: Any) -> Report:
-    """What was done to a compiled model, graph by graph.
+    """What the last call of a compiled model went through, graph by graph.
 
     Raises:
         NothingRecordedError: If the model has not run.
@@ -118,7 +118,11 @@ def reset(compiled: Any) -> None:
 
 
 def _reports(compiled: Any) -> list[GraphReport]:
-    return [session.report for _, session in _sessions(compiled) if session.report is not None]
+    return [session.report for session in _last_call(compiled) if session.report is not None]
+
+
+def _last_call(compiled: Any) -> list[Session]:
+    return last_call(session for _, session in _sessions(compiled))
 
 
 def _sessions(compiled: Any) -> list[tuple[CompiledGraph, Session]]:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx
 
 from tokenpass import torch_internals as internals
+from tokenpass.errors import OptionError
 from tokenpass.methods import HiPrune
 from tokenpass.options import Inner, Settings, parse_options
 from tokenpass.runtime import CompiledGraph
@@ -33,8 +34,8 @@ def tokenpass_backend(
     Raises:
         OptionError: For an unknown option or value.
     """
-    settings = parse_options(options, mode)
-    return CompiledGraph(module, settings, internals.compiling_backend(), inputs)
+    with internals.showing_the_user(OptionError):
+        return _compile(module, parse_options(options, mode), inputs)
 
 
 def backend(
@@ -59,6 +60,12 @@ def backend(
     settings = Settings(method or HiPrune(), inner, always_rewrite, mode)
 
     def tokenpass(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        return CompiledGraph(module, settings, internals.compiling_backend(), inputs)
+        with internals.showing_the_user(OptionError):
+            return _compile(module, settings, inputs)
 
     return tokenpass
+
+
+def _compile(module: fx.GraphModule, settings: Settings, inputs: Sequence[Any]) -> CompiledGraph:
+    frame, owner = internals.frame_number(), internals.compiling_backend()
+    return CompiledGraph(module, settings, inputs, owner, frame)

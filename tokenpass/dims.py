@@ -234,13 +234,15 @@ class AxisTable:
         """``parts`` laid end to end; adjoining slices of one dimension become one again."""
         flat: list[Dim] = []
         for part in (piece for dim in parts for piece in parts_of(dim)):
+            if same(size_of(part), ZERO):
+                continue
             joined = self._join(flat[-1], part, node) if flat else None
             if joined is None:
                 flat.append(part)
             else:
                 flat[-1] = joined
-        if len(flat) == 1:
-            return flat[0]
+        if len(flat) <= 1:
+            return flat[0] if flat else parts[0]
         key = ("concat", *flat)
         if key not in self._made:
             total = sympy.Add(*(size_of(part) for part in flat))

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from tokenpass import torch_internals as internals
-from tokenpass.errors import TokenpassError
+from tokenpass.errors import OptionError, TokenpassError
 from tokenpass.methods import HiPrune
 from tokenpass.pipeline import analyse, plan
 from tokenpass.report import GraphReport, Refusal, Report
@@ -42,7 +42,8 @@ def explain(
     graphs: list[GraphReport] = []
 
     def planning(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        graphs.append(plan(analyse(module, inputs), wanted, always=False).report)
+        with internals.showing_the_user(OptionError):
+            graphs.append(plan(analyse(module, inputs), wanted, always=False).report)
         return module.forward
 
     traced = torch.compile(_fresh(_call), backend=planning, dynamic=False)

@@ -44,6 +44,12 @@ def values_of(node: fx.Node) -> list[torch.Tensor]:
     return []
 
 
+def acts(node: fx.Node) -> bool:
+    """Whether ``node`` computes neither tensors nor a number: an assertion, say."""
+    number = isinstance(node.meta.get("val"), (int, float, torch.SymInt, torch.SymFloat))
+    return node.op == "call_function" and not number and not values_of(node)
+
+
 def operands(node: fx.Node) -> list[fx.Node]:
     """The nodes that ``node`` reads tensors from, in the order of its arguments, with repeats."""
     found: list[fx.Node] = []

@@ -72,7 +72,7 @@ class Layout:
         for place, unit in enumerate(flat):
             if unit.holds_grid:
                 y = self._take_at(y, flat, place, index(unit.dim))
-        return self._join(y, units)
+        return in_memory_order(self._join(y, units), x)
 
     def without_grid(self, x: Tensor, dims: Dims) -> Tensor:
         """``x`` without its patch tokens: prefix tokens only."""
@@ -332,6 +332,19 @@ class Layout:
         for _ in dropped:
             kept = kept.squeeze(-1)
         return kept.expand(grown).reshape(merged)
+
+
+def in_memory_order(y: Tensor, like: Tensor) -> Tensor:
+    """``y`` with its dimensions in memory as those of ``like``, where these are permuted.
+
+    A sum over tokens adds in the order in which they lie in memory: in another order its last
+    bits differ.
+    """
+    order = sorted(range(like.dim()), key=lambda place: like.stride(place), reverse=True)
+    plain = order == list(range(like.dim()))
+    if plain or 0 in like.stride():
+        return y
+    return y.permute(order).contiguous().permute([order.index(p) for p in range(y.dim())])
 
 
 def _product(sizes: Sequence[Extent]) -> Extent:

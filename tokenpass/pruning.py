@@ -62,6 +62,11 @@ class Pruning:
         return self.grid.count * 0
 
     @property
+    def inside(self) -> bool:
+        """Whether tokens leave inside the encoder, and not only its outputs."""
+        return self.stages[0].at is not None
+
+    @property
     def prefix_only(self) -> int:
         """The version that holds no patch tokens: for what only prefix tokens are read from."""
         return len(self.stages) + 1

@@ -6,11 +6,12 @@ a *session*: one for each model, told apart by its parameters.
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,11 +37,29 @@ class Session:
         keep: A budget set at run time; ``None`` for the one it was compiled with.
         kept: Grid positions of the last call's surviving patch tokens, ``(B, K)``.
         report: Of the variant that ran last; ``None`` before the first call.
+        ran: When it ran last, counted over all graphs.
+        part: Which part of the model the graph is; a graph that was compiled anew, for images of
+            another size say, is the same part.
     """
 
     keep: Budget | None = None
     kept: Tensor | None = None
     report: GraphReport | None = None
+    ran: int = 0
+    part: object = None
+
+
+_runs = itertools.count(1)
+
+
+def last_call(sessions: Iterable[Session]) -> list[Session]:
+    """The sessions of the graphs that the last call of a model went through, in that order."""
+    latest: dict[object, Session] = {}
+    for session in sorted(sessions, key=lambda session: session.ran, reverse=True):
+        if not session.ran or session.part in latest:
+            break
+        latest[session.part] = session
+    return list(reversed(latest.values()))
 
 
 @dataclass(frozen=True)
@@ -77,22 +96,25 @@ class CompiledGraph:
     Args:
         module: Dynamo's graph.
         settings: How to compile it.
-        backend: The backend object of the ``torch.compile`` call.
         inputs: Example inputs.
+        backend: The backend object of the ``torch.compile`` call.
+        frame: The number of the frame that the graph was made of, if Dynamo made it.
     """
 
     def __init__(
         self,
         module: fx.GraphModule,
         settings: Settings,
-        backend: object | None,
         inputs: Sequence[Any],
+        backend: object | None = None,
+        frame: int | None = None,
     ) -> None:
         self.backend = backend
+        self._frame = frame
         self._module = module
         self._settings = settings
         self._sessions: Any = WeakIdKeyDictionary()
-        self._anonymous = Session()
+        self._anonymous = Session(part=frame)
         self._lock = threading.Lock()
         parameters = (i for i, x in enumerate(inputs) if isinstance(x, torch.nn.Parameter))
         self._parameter = next(parameters, None)
@@ -115,6 +137,7 @@ class CompiledGraph:
         variant = self._variant(session.keep, inputs)
         outputs, session.kept = variant(inputs)
         session.report = variant.report
+        session.ran = next(_runs)
         return outputs
 
     def _session(self, inputs: Sequence[Any]) -> Session:
@@ -125,7 +148,7 @@ class CompiledGraph:
 
     def _session_of(self, parameter: Tensor) -> Session:
         if parameter not in self._sessions:
-            self._sessions[parameter] = Session()
+            self._sessions[parameter] = Session(part=(self._frame, id(parameter)))
         return self._sessions[parameter]  # type: ignore[no-any-return]
 
     def sessions(self, model: torch.nn.Module | None) -> list[Session]:

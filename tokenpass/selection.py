@@ -5,6 +5,7 @@ Shapes: ``B`` images, ``N`` patch tokens in grid order, ``K`` kept ones.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -104,14 +105,15 @@ def select(
             f"scores of shapes {tuple(object_scores.shape)} and {tuple(deep_scores.shape)}: "
             "expected two of shape (B, N)"
         )
+    if len(grid) not in (2, 3) or any(not isinstance(side, int) or side < 1 for side in grid):
+        raise OptionError(f"grid={tuple(grid)}: expected (H, W) or (T, H, W), positive integers")
+    tokens, area = object_scores.shape[1], math.prod(grid)
+    if method.compat != "qwen" and area != tokens:
+        raise OptionError(f"grid={tuple(grid)} has {area} tokens, the scores have {tokens}")
     if method.compat == "llava":
         return _select_llava(method, object_scores, deep_scores, grid)
     if method.compat == "qwen":
         return _select_qwen(method, object_scores, deep_scores, grid)
-    tokens = object_scores.shape[1]
-    area = torch.Size(grid).numel()
-    if area != tokens:
-        raise OptionError(f"grid={tuple(grid)} has {area} tokens, the scores have {tokens}")
     budget = token_budget(method.keep, tokens)
     return best(anchors_and_buffers(method, object_scores, grid, budget), deep_scores, budget)
 

@@ -16,7 +16,7 @@ import sympy
 import torch
 import torch.fx.traceback
 from torch import fx
-from torch._guards import TracingContext
+from torch._guards import CompileContext, TracingContext
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
@@ -174,6 +174,27 @@ def is_set_grad(target: Any) -> bool:
 
 
 # ---------------------------------------------------------------- backends (2.13)
+
+
+@contextlib.contextmanager
+def showing_the_user(kind: type[Exception]) -> Iterator[None]:
+    """Let exceptions of a kind reach the caller of a compiled model as what they are.
+
+    Dynamo wraps what a backend raises, unless it is a ``ShortenTraceback``.
+    """
+    from torch._dynamo.exc import ShortenTraceback
+
+    try:
+        yield
+    except kind as error:
+        shown = type(type(error).__name__, (ShortenTraceback, type(error)), {})
+        raise shown(*error.args, first_useful_frame=None) from None
+
+
+def frame_number() -> int | None:
+    """Which frame the running compilation is of; compiling a frame anew keeps its number."""
+    compilation = CompileContext.current_compile_id()
+    return compilation.frame_id if compilation else None
 
 
 def steers_compilation(error: Exception) -> bool:
