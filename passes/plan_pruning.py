@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from torch import fx
+
 from tokenpass import torch_internals as internals
 from tokenpass.blocks import Attention, Block, Found, NoMatch
 from tokenpass.dims import Dim, Size
@@ -99,7 +101,7 @@ def _encoder_pruning(
         stages.append(Stage(number, layer, block.attention, block.out, expression(left)))
     anchors = blocks[anchor_block - 1].attention
     cut = [blocks[layer - 1] for layer, _ in schedule]
-    reason = _why_not(facts, grid, cut, anchors, method.ranking)
+    reason = _why_not(facts, found, grid, cut, anchors, method.ranking)
     if reason is not None:
         return reason
     at = stages[0].at
@@ -116,7 +118,8 @@ def _output_pruning(
     anchor_block = method.object_layer or layer_at(depth, OBJECT_DEPTH)
     deep_block = method.deep_layer or depth
     anchors, deep = (blocks[layer - 1].attention for layer in (anchor_block, deep_block))
-    reason = _why_not(facts, grid, [blocks[deep_block - 1]], anchors, method.ranking)
+    deepest = [blocks[deep_block - 1]]
+    reason = _why_not(facts, found, grid, deepest, anchors, method.ranking)
     if reason is not None:
         return reason
     batch = batch_factors(facts.dims(blocks[deep_block - 1].out), grid)
@@ -138,13 +141,34 @@ def _fewer(count: Extent, left: Extent) -> Extent:
     return internals.smaller(count, left)
 
 
+def _second_thought(facts: Facts, grid: Grid, attention: Attention) -> fx.Node | None:
+    """A node between softmax and values in which patch tokens see one another, if there is one."""
+    pending = [] if attention.fused else list(attention.softmax.users)
+    visited = {attention.out}
+    while pending:
+        node = pending.pop()
+        if node in visited or node.op == "output":
+            continue
+        visited.add(node)
+        if any(grid.touched_by(axis) for axis in facts.effects[node].mixed):
+            return node
+        if any(grid.carried_in(dims) for dims in facts.effects[node].outs):
+            pending += node.users
+    return None
+
+
 def _first_is_patch(grid: Grid, dim: Dim) -> bool:
     (tokens,) = (unit.dim for unit in grid.units(dim) if unit.holds_grid)
     return grid.layout(tokens)[0] is None
 
 
 def _why_not(
-    facts: Facts, grid: Grid, blocks: list[Block], anchors: Attention, ranking: str
+    facts: Facts,
+    found: Found,
+    grid: Grid,
+    blocks: list[Block],
+    anchors: Attention,
+    ranking: str,
 ) -> NoMatch | None:
     """Why tokens cannot be scored or cut at these places, if they cannot."""
     batch = None
@@ -160,6 +184,11 @@ def _why_not(
     if ranking == "class" and _first_is_patch(grid, anchors.key_dim):
         reason = "ranking by a class token: no prefix token comes before the patch tokens"
         return NoMatch(PATTERN, reason, (anchors.softmax,))
+    for attention in found.attentions:
+        node = _second_thought(facts, grid, attention)
+        if node is not None:
+            reason = "attention probabilities see one another again before they meet the values"
+            return NoMatch(PATTERN, reason, (node,))
     for attention in (anchors, *(block.attention for block in blocks)):
         for node in (attention.query, attention.key):
             dims = facts.dims(node)
