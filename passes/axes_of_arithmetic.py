@@ -15,7 +15,7 @@ from tokenpass.axis_rule import (
     position,
     right_aligned,
 )
-from tokenpass.dims import Axis, Dim, Dims, axes_of, size_of
+from tokenpass.dims import Axis, Dim, Dims, Kind, axes_of, size_of
 from tokenpass.facts import Effect, What, Work
 from tokenpass.graph import arguments, operands
 
@@ -100,6 +100,12 @@ def _attention(ctx: RuleContext, node: fx.Node) -> Effect:
     return Effect(What.ATTENTION, (outs,), seen, mixed, work)
 
 
+def _constant_like(ctx: RuleContext, node: fx.Node) -> Effect:
+    """``new_ones`` and its kin take dtype and device from an operand, and nothing else."""
+    outs = ctx.fresh_dims(Kind.CONSTANT, out_shape(node), node, data=False)
+    return Effect(What.SOURCE, (outs,), tuple(ctx.dims(source) for source in operands(node)))
+
+
 def _prelu(ctx: RuleContext, node: fx.Node) -> Effect:
     x, slope = (ctx.dims(source) for source in operands(node))
     channel = (x[1],) if len(x) > 1 and slope != ((),) else slope
@@ -131,6 +137,8 @@ def _meshgrid(ctx: RuleContext, node: fx.Node) -> Effect:
 
 RULES: dict[object, Rule] = {
     aten.copy: pointwise,
+    aten.masked_fill: pointwise,
+    aten.rsub: pointwise,
     aten.copy_: pointwise,
     aten.fill_: pointwise,
     aten.floor_divide: pointwise,
@@ -145,6 +153,10 @@ RULES: dict[object, Rule] = {
     aten.polar: pointwise,
     aten.real: pointwise,
     aten.imag: pointwise,
+    aten.new_ones: _constant_like,
+    aten.new_zeros: _constant_like,
+    aten.new_full: _constant_like,
+    aten.new_empty: _constant_like,
     aten.prelu: _prelu,
     aten.glu: _glu,
     aten.linear: _linear,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from tokenpass.axis_rule import Rule, RuleContext, broadcast, position, right_aligned
-from tokenpass.dims import Kind, axes_of
+from tokenpass.axis_rule import Rule, RuleContext, broadcast, join, position, right_aligned
+from tokenpass.dims import Kind, axes_of, same, size_of
 from tokenpass.facts import Effect, What
 from tokenpass.graph import arguments, operands, shape_of, tensor_of
 
@@ -47,8 +47,19 @@ def _index(ctx: RuleContext, node: fx.Node) -> Effect:
 
 def _gather(ctx: RuleContext, node: fx.Node) -> Effect:
     x, index = (ctx.dims(source) for source in operands(node))
-    place = position(arguments(node)["dim"], len(x))
-    return Effect(What.INDEX, (index,), (x, index), axes_of([x[place]]))
+    gathered = position(arguments(node)["dim"], len(x))
+    outs, seen = list(index), list(x)
+    mixed = axes_of([x[gathered]])
+    for place, (dim, other) in enumerate(zip(x, index, strict=True)):
+        if place == gathered:
+            continue
+        if same(size_of(dim), size_of(other)):
+            outs[place], lost = join([dim, other])
+            seen[place] = outs[place]
+            mixed |= lost
+        else:
+            mixed |= axes_of([dim])
+    return Effect(What.INDEX, (tuple(outs),), (tuple(seen), tuple(outs)), mixed)
 
 
 def _one_hot(ctx: RuleContext, node: fx.Node) -> Effect:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import sympy
 import torch
 from torch import fx
@@ -36,11 +38,10 @@ def _convolution(spatial: int) -> Rule:
         kernel = shape_of(tensor_of(sources[1]))[2:]
         lead, channel, before = x[: -spatial - 1], x[-spatial - 1], x[-spatial:]
         after = out_shape(node)[-spatial:]
+        given = arguments(node)
         one = all(same(size, sympy.Integer(1)) for size in kernel)
-        unchanged = one and all(
-            same(size_of(dim), size) for dim, size in zip(before, after, strict=True)
-        )
-        groups = arguments(node).get("groups", 1)
+        unchanged = one and _step_is_one(given) and given["padding"] in ([0] * spatial, "valid")
+        groups = given.get("groups", 1)
         features = out_shape(node)[-spatial - 1]
         depthwise = same(size_of(channel), features) and same(features, sympy.Integer(groups))
         out_channel = channel if depthwise else weight[0]
@@ -57,6 +58,10 @@ def _convolution(spatial: int) -> Rule:
         return Effect(what, (outs,), seen, mixed, (work,))
 
     return rule
+
+
+def _step_is_one(given: dict[str, Any]) -> bool:
+    return all(step == 1 for step in given["stride"])
 
 
 def _transposed_convolution(spatial: int) -> Rule:

@@ -12,6 +12,7 @@ from tokenpass.axis_rule import Rule, RuleContext, position
 from tokenpass.dims import Dims, axes_of
 from tokenpass.facts import Effect, What
 from tokenpass.graph import arguments, operands, values_of
+from tokenpass.passes.axes_of_arithmetic import pointwise
 
 aten = torch.ops.aten
 
@@ -64,6 +65,8 @@ def _reduced(node: fx.Node, x: Dims) -> set[int]:
 
 def _reduction(what: What) -> Rule:
     def rule(ctx: RuleContext, node: fx.Node) -> Effect:
+        if len(operands(node)) > 1:  # max(a, b) shares its name with max(a)
+            return pointwise(ctx, node)
         (x,) = (ctx.dims(source) for source in operands(node))
         gone = _reduced(node, x)
         keep = arguments(node).get("keepdim", False)

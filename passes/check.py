@@ -54,7 +54,8 @@ def _check_output(facts: Facts, plan: Pruning, node: fx.Node, value: torch.Tenso
         raise BrokenInvariantError(
             f"output {node.name} has {value.dim()} dimensions, had {before.dim()}"
         )
-    count = plan.count(0 if plan.method.restores else len(plan.stages))
+    whole = plan.method.restores or not plan.carried_in([facts.dims(node)])
+    count = plan.count(0 if whole else len(plan.stages))
     for place, dim in enumerate(facts.dims(node)):
         wanted = plan.grid.resized(dim, count) if plan.grid.carried_by(dim) else before.shape[place]
         _expect(value.shape[place], wanted, f"dimension {place} of output {node.name}")

@@ -15,6 +15,7 @@ from tokenpass.graph import expression
 from tokenpass.grid import Grid
 from tokenpass.layout import Extent, ToExtent, batch_factors
 from tokenpass.methods import DEEP_DEPTH, OBJECT_DEPTH, Budget, HiPrune, cut_layers, layer_at
+from tokenpass.passes.functionalise import written_values
 from tokenpass.pruning import Pruning, Stage
 from tokenpass.selection import token_budget
 
@@ -184,6 +185,11 @@ def _why_not(
     if ranking == "class" and _first_is_patch(grid, anchors.key_dim):
         reason = "ranking by a class token: no prefix token comes before the patch tokens"
         return NoMatch(PATTERN, reason, (anchors.softmax,))
+    written = written_values(facts.graph)
+    for block in found.blocks:
+        if block.out in written:
+            reason = "the stream is written into in place"
+            return NoMatch(PATTERN, reason, (block.out,))
     for attention in found.attentions:
         node = _second_thought(facts, grid, attention)
         if node is not None:

@@ -113,7 +113,7 @@ class _Pruner:
         return self.convert.restore(merged, dims, 1, None) if self.plan.method.restores else merged
 
     def carries(self, node: fx.Node) -> bool:
-        return any(self.grid.carried_in(dims) for dims in self.facts.effects[node].outs)
+        return self.plan.carried_in(self.facts.effects[node].outs)
 
     # ------------------------------------------------------------ values
 

@@ -74,8 +74,7 @@ class _Analysis:
         return found
 
     def carries(self, node: fx.Node) -> bool:
-        outs = self.facts.effects[node].outs
-        return any(self.grid.carried_in(dims) for dims in outs)
+        return self.plan.carried_in(self.facts.effects[node].outs)
 
     def after(self, node: fx.Node) -> int:
         """The version that readers of ``node`` get where they need no other."""
@@ -184,6 +183,8 @@ class _Analysis:
     def _narrows(self, node: fx.Node) -> bool:
         """Whether ``node`` can be computed on fewer tokens than its operands have."""
         if not operands(node) or not self.per_token(node):
+            return False
+        if any(len(self.facts.effects[operand].outs) > 1 for operand in operands(node)):
             return False
         attention = self.inside.get(node)
         return attention is None or attention.fused

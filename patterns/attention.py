@@ -17,13 +17,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+import torch
 from torch import fx
 
 from tokenpass.blocks import Attention, Mask, NoMatch
 from tokenpass.dims import Dim, axes_of
 from tokenpass.facts import Facts, What
 from tokenpass.graph import arguments, operands, tensor_of
-from tokenpass.patterns.scores import CASTS, trace_scores
+from tokenpass.patterns.scores import CASTS, PRODUCTS, count_of, place_of, trace_scores
+
+aten = torch.ops.aten
 
 PATTERN = "attention"
 
@@ -71,6 +74,9 @@ def _written_out(facts: Facts, node: fx.Node) -> Attention | NoMatch:
     if isinstance(product, NoMatch):
         return product
     path, out, value = product
+    if not _sums_over(facts, node, place, path, out):
+        reason = "the product with values sums over another dimension than the softmax ran along"
+        return NoMatch(PATTERN, reason, (node, out))
     scores = trace_scores(facts, node, place, value)
     if isinstance(scores, NoMatch):
         return scores
@@ -116,6 +122,35 @@ def _product_with_values(
             return NoMatch(PATTERN, reason, (softmax, *users[:1]))
         current = carrying[0]
         path.append(current)
+
+
+def _sums_over(
+    facts: Facts, softmax: fx.Node, place: int, path: list[fx.Node], product: fx.Node
+) -> bool:
+    """Whether a product sums over the dimension that the softmax ran along.
+
+    Queries and keys of self-attention run along the same axis, so its name alone does not say it.
+    """
+    dims = facts.dims(softmax)
+    if not dims[place]:
+        return True
+    factor = dims[place][0]
+    ordinal, times = count_of(dims[:place], factor), count_of(dims, factor)
+    last = softmax
+    for node in path:
+        if facts.effects[node].what is What.CONTRACT or count_of(facts.dims(node), factor) != times:
+            return True
+        if node.target is aten.permute.default:
+            before, after = facts.dims(last), facts.dims(node)
+            origin = place_of(before, factor, ordinal)
+            within = ordinal - count_of(before[:origin], factor)
+            order = [index % len(before) for index in arguments(node)["dims"]]
+            ordinal = count_of(after[: order.index(origin)], factor) + within
+        last = node
+    if product.target not in PRODUCTS:
+        return True
+    summed = len(facts.dims(last)) - (1 if operands(product)[-2] is last else 2)
+    return place_of(facts.dims(last), factor, ordinal) == summed
 
 
 def _keeps(facts: Facts, node: fx.Node, axis: Dim) -> bool:

@@ -103,7 +103,8 @@ def _match(
             continue
         what = facts.effects[node].what
         if node in stream or what not in (What.POINTWISE, What.VIEW, What.NORM):
-            if what is What.MIX and not _from_image(facts, grid, node):
+            mixes = what is What.MIX and not _from_image(facts, grid, node)
+            if mixes or _projects_tokens(facts, grid, node):
                 return NoMatch(PATTERN, "tokens see each other between its layers", (down, node))
             return None
         between.append(node)
@@ -126,6 +127,13 @@ def _chained(outer: Mlp, inner: list[Mlp]) -> Mlp:
         return outer
     linears = dict.fromkeys((*(linear for mlp in inner for linear in mlp.linears), *outer.linears))
     return Mlp(inner[0].input, tuple(linears), outer.gated or any(mlp.gated for mlp in inner))
+
+
+def _projects_tokens(facts: Facts, grid: Grid, node: fx.Node) -> bool:
+    """Whether ``node`` multiplies tokens, and not channels, with a constant matrix."""
+    effect = facts.effects[node]
+    touched = any(grid.touched_by(axis) for axis in effect.mixed)
+    return effect.what is What.CONTRACT and touched and len(_data_operands(facts, node)) == 1
 
 
 def _from_image(facts: Facts, grid: Grid, node: fx.Node) -> bool:

@@ -44,14 +44,14 @@ def _written_out(
     facts: Facts, reduction: fx.Node, order: Mapping[fx.Node, int]
 ) -> tuple[set[fx.Node], Norm | None]:
     """The elementwise region that a reduction over channels opens and its input closes."""
-    source = operands(reduction)[0]
+    source, region, last = operands(reduction)[0], {reduction}, [reduction]
     while facts.effects[source].what is What.POINTWISE and len(operands(source)) == 1:
+        region.add(source)
         source = operands(source)[0]
-    region, last = {reduction}, [reduction]
 
     def joins(node: fx.Node) -> bool:
         what = facts.effects[node].what
-        if what not in (What.POINTWISE, *REDUCTIONS):
+        if what not in (What.POINTWISE, What.VIEW, *REDUCTIONS):
             return False
         reads = [o for o in operands(node) if any(is_data(dim) for dim in facts.dims(o))]
         if not all(o in region or o is source for o in reads):

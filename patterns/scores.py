@@ -61,12 +61,7 @@ class _Walk:
 
     def place(self, dims: Dims) -> int:
         """The dimension that holds the keys."""
-        seen = -1
-        for index, dim in enumerate(dims):
-            seen += dim.count(self.factor)
-            if seen >= self.ordinal:
-                return index
-        raise AssertionError("the walk lost the axis of the keys")
+        return place_of(dims, self.factor, self.ordinal)
 
 
 def trace_scores(facts: Facts, softmax: fx.Node, place: int, value: fx.Node) -> Scores | NoMatch:
@@ -75,7 +70,7 @@ def trace_scores(facts: Facts, softmax: fx.Node, place: int, value: fx.Node) -> 
     if not dims[place]:
         return NoMatch(PATTERN, "the softmax runs over a single key", (softmax,))
     factor = dims[place][0]
-    walk = _Walk(operands(softmax)[0], factor, _count(dims[:place], factor))
+    walk = _Walk(operands(softmax)[0], factor, count_of(dims[:place], factor))
     while True:
         effect = facts.effects[walk.node]
         if effect.what is What.CONTRACT:
@@ -97,8 +92,18 @@ def trace_scores(facts: Facts, softmax: fx.Node, place: int, value: fx.Node) -> 
             return NoMatch(PATTERN, reason, (softmax, walk.node))
 
 
-def _count(dims: Dims, factor: Factor) -> int:
+def count_of(dims: Dims, factor: Factor) -> int:
     return sum(dim.count(factor) for dim in dims)
+
+
+def place_of(dims: Dims, factor: Factor, ordinal: int) -> int:
+    """The dimension that holds one of several equal factors, counted in row-major order."""
+    seen = -1
+    for index, dim in enumerate(dims):
+        seen += dim.count(factor)
+        if seen >= ordinal:
+            return index
+    raise AssertionError("the axis was lost on the way")
 
 
 def _product(facts: Facts, walk: _Walk, value: fx.Node) -> Scores | NoMatch | None:
@@ -137,8 +142,8 @@ def _added_in_product(walk: _Walk, place: int) -> None:
 
 def _through_pointwise(facts: Facts, walk: _Walk) -> bool:
     node, dims = walk.node, facts.dims(walk.node)
-    times = _count(dims, walk.factor)
-    carrying = [o for o in operands(node) if _count(facts.dims(o), walk.factor) == times]
+    times = count_of(dims, walk.factor)
+    carrying = [o for o in operands(node) if count_of(facts.dims(o), walk.factor) == times]
     if not carrying:
         return False
     scores = max(carrying, key=lambda source: _data_rank(facts, source))
@@ -167,13 +172,13 @@ def _through_view(facts: Facts, walk: _Walk) -> bool:
     node = walk.node
     (source,) = operands(node)
     before, after = facts.dims(source), facts.dims(node)
-    if _count(before, walk.factor) != _count(after, walk.factor):
+    if count_of(before, walk.factor) != count_of(after, walk.factor):
         return False
     if node.target is aten.permute.default:
         place = walk.place(after)
-        within = walk.ordinal - _count(after[:place], walk.factor)
+        within = walk.ordinal - count_of(after[:place], walk.factor)
         origin = arguments(node)["dims"][place] % len(before)
-        walk.ordinal = _count(before[:origin], walk.factor) + within
+        walk.ordinal = count_of(before[:origin], walk.factor) + within
     walk.node = source
     return True
 

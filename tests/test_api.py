@@ -18,8 +18,9 @@ ENTRY = BY_NAME["timm/vit_tiny_patch16_224"]
 TOKENS = 64
 
 
-def compiled(model: nn.Module, **options: Any) -> Any:
-    return torch.compile(model, backend="tokenpass", options={"inner": "eager", **options})
+def compiled(model: Any, *, dynamic: bool | None = None, **options: Any) -> Any:
+    options = {"inner": "eager", **options}
+    return torch.compile(model, backend="tokenpass", options=options, dynamic=dynamic)
 
 
 @pytest.fixture
@@ -139,9 +140,7 @@ def test_a_compiled_function(model: nn.Module) -> None:
     def run(images: Tensor) -> Tensor:
         return model(images).softmax(-1)  # type: ignore[no-any-return]
 
-    fast: Any = torch.compile(
-        run, backend="tokenpass", options={"keep": 0.5, "inner": "eager", "alpha": 0.2}
-    )
+    fast = compiled(run, keep=0.5, alpha=0.2)
     assert fast(ENTRY.images(2)).shape == (2, 10)
     assert tokenpass.kept(fast).shape == (2, 32)
 

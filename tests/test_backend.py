@@ -15,7 +15,7 @@ import tokenpass
 from tests.zoo import BY_NAME, DEPTH, ENTRIES, Entry, relative_error, tensors
 
 TOKENS = 64
-HALF = {"keep": 0.5, "inner": "eager"}
+HALF: dict[str, Any] = {"keep": 0.5, "inner": "eager"}
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def test_bad_options_name_the_choices(
 def test_typed_and_named_are_the_same(model: nn.Module, images: torch.Tensor) -> None:
     """Breaks if one of the two ways drops a field."""
     method = tokenpass.HiPrune(keep=0.4, alpha=0.5, dropped="discard")
-    named = {"method": "hiprune", "keep": 0.4, "alpha": 0.5, "dropped": "discard"}
+    named: dict[str, Any] = {"method": "hiprune", "keep": 0.4, "alpha": 0.5, "dropped": "discard"}
     typed = torch.compile(model, backend=tokenpass.backend(method, inner="eager"))
     by_name = torch.compile(model, backend="tokenpass", options={**named, "inner": "eager"})
     with torch.no_grad():
@@ -158,7 +158,7 @@ def test_nothing_to_convert_compiles_with_a_warning() -> None:
 
 def test_pruning_that_would_cost_more_is_refused(model: nn.Module, images: torch.Tensor) -> None:
     """Breaks if the cost model does not veto a late cut of a single token."""
-    options = {"stages": [(4, 63)], "inner": "eager"}
+    options: dict[str, Any] = {"stages": [(4, 63)], "inner": "eager"}
     fast = torch.compile(model, backend="tokenpass", options=options)
     with pytest.warns(tokenpass.TokenpassWarning, match="would not pay"), torch.no_grad():
         found = fast(images)
@@ -173,7 +173,8 @@ def test_inductor_computes_the_same(name: str) -> None:
     entry = BY_NAME[name]
     model, images = entry.build(), entry.images(2)
     eager = torch.compile(model, backend="tokenpass", options=HALF)
-    fast = torch.compile(model, backend="tokenpass", options={"keep": 0.5})
+    half: dict[str, Any] = {"keep": 0.5}
+    fast = torch.compile(model, backend="tokenpass", options=half)
     with torch.no_grad():
         assert relative_error(fast(images), eager(images)) <= 1e-5
     assert torch.equal(tokenpass.kept(fast), tokenpass.kept(eager))
@@ -185,7 +186,7 @@ def test_inductor_trains_through_a_cut(model: nn.Module, images: torch.Tensor) -
     gradients = []
     for inner in ("eager", "inductor"):
         model.zero_grad()
-        options = {"keep": 0.5, "inner": inner}
+        options: dict[str, Any] = {"keep": 0.5, "inner": inner}
         torch.compile(model, backend="tokenpass", options=options)(images).square().sum().backward()
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     scale = max(float(g.abs().max()) for g in gradients[0])

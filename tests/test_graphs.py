@@ -27,7 +27,7 @@ class Plain(nn.Module):
         self.down = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.stem(images).flatten(2).transpose(1, 2) + self.position
+        x: Tensor = self.stem(images).flatten(2).transpose(1, 2) + self.position
         for layer in range(len(self.qkv)):
             x = self.block(x, layer)
         return x
@@ -41,8 +41,9 @@ class Plain(nn.Module):
         return x + self.down[layer](functional.gelu(self.up[layer](x)))  # type: ignore[no-any-return]
 
 
-def compiled(model: nn.Module, **options: Any) -> Any:
-    return torch.compile(model, backend="tokenpass", options={"inner": "eager", **options})
+def compiled(model: Any, *, dynamic: bool | None = None, **options: Any) -> Any:
+    options = {"inner": "eager", **options}
+    return torch.compile(model, backend="tokenpass", options=options, dynamic=dynamic)
 
 
 @torch.no_grad()
@@ -99,9 +100,7 @@ def test_recompiled_image_sizes() -> None:
     """Breaks if what was learnt on one image size is used for another."""
     entry = BY_NAME["transformers/Dinov2Model"]
     model = entry.build()
-    fast = torch.compile(
-        model, backend="tokenpass", options={"keep": 0.5, "inner": "eager"}, dynamic=True
-    )
+    fast = compiled(model, keep=0.5, dynamic=True)
     for height, width, tokens in ((64, 64, 32), (64, 96, 48), (32, 64, 16)):
         images = torch.randn(2, 3, height, width)
         assert fast(images).last_hidden_state.shape == model(images).last_hidden_state.shape
@@ -113,9 +112,7 @@ def test_images_do_not_see_each_other() -> None:
     """Breaks if one image's tokens decide for another's. Batch of one is the reference."""
     entry = BY_NAME["timm/eva02_tiny_patch14_224"]
     model, images = entry.build(), entry.images(3)
-    fast = torch.compile(
-        model, backend="tokenpass", options={"keep": 0.4, "inner": "eager"}, dynamic=False
-    )
+    fast = compiled(model, keep=0.4, dynamic=False)
     together = fast(images)
     kept = tokenpass.kept(fast)
     for place, image in enumerate(images.split(1)):

@@ -90,11 +90,15 @@ def join(candidates: Sequence[Dim]) -> tuple[Dim, frozenset[Axis]]:
 
 
 def broadcast(operand_dims: Sequence[Dims], rank: int) -> tuple[Dims, frozenset[Axis]]:
-    """The dimensions of an elementwise result of ``rank`` dimensions, and the axes mixed by it."""
+    """The dimensions of an elementwise result of ``rank`` dimensions, and the axes mixed by it.
+
+    Where names are equally good, those of a value win over those of a parameter.
+    """
     outs: list[Dim] = []
     mixed: frozenset[Axis] = frozenset()
+    ordered = sorted(operand_dims, key=lambda dims: not any(is_data(dim) for dim in dims))
     for place in range(-rank, 0):
-        best, lost = join([dims[place] for dims in operand_dims if len(dims) >= -place])
+        best, lost = join([dims[place] for dims in ordered if len(dims) >= -place])
         outs.append(best)
         mixed |= lost
     return tuple(outs), mixed

@@ -93,10 +93,8 @@ class Facts:
     effects: dict[fx.Node, Effect] = field(default_factory=dict)
 
     def dims(self, node: fx.Node) -> Dims:
-        """Dimensions of the single tensor that ``node`` computes."""
-        outs = self.effects[node].outs
-        assert len(outs) == 1, f"{node} computes {len(outs)} tensors"
-        return outs[0]
+        """Dimensions of the tensor that ``node`` computes; of the first one, if it has several."""
+        return self.effects[node].outs[0]
 
     def seen(self, node: fx.Node) -> Iterator[tuple[fx.Node, Dims]]:
         """Each operand of ``node`` with the dimensions it lines up with."""

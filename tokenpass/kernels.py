@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_flop
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 BLOCK_BYTES = 4 * 2**20
 """Size of the largest temporary: fits the second-level caches that were tried, far below memory."""
@@ -123,6 +123,7 @@ def _similar_flops(
 
 # torch 2.13 has no formula for the fused attention of the CPU, so FlopCounterMode leaves it out
 # there and counts it on every other device.
+_FLASH_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 if _CPU_ATTENTION not in flop_registry:
-    register_flop_formula(_CPU_ATTENTION)(sdpa_flop)
+    register_flop_formula(_CPU_ATTENTION, get_raw=True)(flop_registry[_FLASH_ATTENTION])

@@ -79,11 +79,13 @@ class Rewrite:
         module: The rewritten graph; ``None`` where the original stays.
         plan: The cuts, if there are any.
         report: For the user.
+        batch: Where the number of images can be read: pairs of input and dimension.
     """
 
     module: fx.GraphModule | None
     plan: Pruning | None
     report: GraphReport
+    batch: tuple[tuple[int, int], ...] = ()
 
 
 def analyse(module: fx.GraphModule, inputs: Sequence[Any], *, rewriting: bool = True) -> Analysis:
@@ -194,20 +196,42 @@ def _refusal(miss: NoMatch) -> Refusal:
     return Refusal(f"{miss.pattern}: {miss.reason}", first.name if first is not None else "", stack)
 
 
-def rewrite(analysis: Analysis, method: HiPrune, *, always: bool) -> Rewrite:
-    """Plan, rewrite and check. Whatever fails in here leaves the original in place and says so."""
-    planned = plan(analysis, method, always=always)
-    if planned.plan is None:
-        return planned
+def rewrite(
+    module: fx.GraphModule,
+    inputs: Sequence[Any],
+    method: HiPrune,
+    *,
+    always: bool,
+    rewriting: bool = True,
+) -> Rewrite:
+    """Analyse, plan, rewrite and check.
+
+    Whatever fails in here leaves the original in place and says so.
+
+    Args:
+        module: Dynamo's graph.
+        inputs: Its example inputs.
+        method: What was asked for.
+        always: Rewrite at full budget too, and where it does not pay.
+        rewriting: Whether the grid may be fixed to the one at hand.
+
+    Raises:
+        OptionError: If the method does not fit the model.
+    """
+    planned = Rewrite(None, None, GraphReport())
     try:
+        analysis = analyse(module, inputs, rewriting=rewriting)
+        planned = replace(plan(analysis, method, always=always), batch=analysis.batch_inputs())
+        if planned.plan is None:
+            return planned
         versions = _versions(analysis, planned.plan)
-        module = prune(analysis.captured, analysis.facts, planned.plan, versions)
-        check_rewrite(analysis.captured, analysis.facts, planned.plan, module)
+        rewritten = prune(analysis.captured, analysis.facts, planned.plan, versions)
+        check_rewrite(analysis.captured, analysis.facts, planned.plan, rewritten)
     except Exception as error:
         if isinstance(error, OptionError) or internals.steers_compilation(error):
             raise
         return undone(planned, error)
-    return replace(planned, module=module)
+    return replace(planned, module=rewritten)
 
 
 def undone(planned: Rewrite, error: Exception) -> Rewrite:
@@ -227,4 +251,4 @@ def undone(planned: Rewrite, error: Exception) -> Rewrite:
         flops=report.flops_before,
         kept=report.tokens,
     )
-    return _refused(report, Refusal(reason))
+    return replace(_refused(report, Refusal(reason)), batch=planned.batch)

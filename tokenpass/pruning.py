@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import fx
 
 from tokenpass.blocks import Attention, Found
-from tokenpass.dims import Dim, Size
+from tokenpass.dims import Dim, Dims, Size, axes_of
 from tokenpass.grid import Grid
 from tokenpass.methods import HiPrune
 
@@ -60,6 +61,16 @@ class Pruning:
         if version <= len(self.stages):
             return self.stages[version - 1].count
         return self.grid.count * 0
+
+    def carried_in(self, outs: Sequence[Dims]) -> bool:
+        """Whether a value has patch tokens for each image, some of which can leave.
+
+        What all images share is a table: every image takes the rows of its own tokens.
+        """
+        images = axes_of([self.batch])
+        return any(
+            self.grid.carried_in(dims) and (not images or axes_of(dims) & images) for dims in outs
+        )
 
     @property
     def inside(self) -> bool:

@@ -23,7 +23,7 @@ from tokenpass import torch_internals as internals
 from tokenpass.errors import OptionError, TokenpassWarning
 from tokenpass.methods import Budget, HiPrune
 from tokenpass.options import Settings
-from tokenpass.pipeline import Analysis, analyse, rewrite, undone
+from tokenpass.pipeline import rewrite, undone
 from tokenpass.report import GraphReport
 
 Run = Callable[..., Any]
@@ -119,9 +119,8 @@ class CompiledGraph:
         parameters = (i for i, x in enumerate(inputs) if isinstance(x, torch.nn.Parameter))
         self._parameter = next(parameters, None)
         rewriting = settings.always_rewrite or not settings.method.full
-        analysis = analyse(module, inputs, rewriting=rewriting)
-        self._dynamic = any(isinstance(x, torch.SymInt) for x in analysis.captured.inputs)
-        first = self._compile(analysis, settings.method, inputs)
+        first = self._compile(settings.method, inputs, rewriting=rewriting)
+        self._dynamic = any(isinstance(x, torch.SymInt) for x in inputs)
         self._variants: dict[Any, Variant] = {None: first}
         if not first.report.converted and not settings.method.full:
             _warn_of_nothing(first.report)
@@ -168,12 +167,12 @@ class CompiledGraph:
                 if key not in self._variants:
                     assert keep is not None
                     method = with_budget(self._settings.method, keep)
-                    analysis = analyse(self._module, inputs)
-                    self._variants[key] = self._compile(analysis, method, inputs)
+                    self._variants[key] = self._compile(method, inputs, rewriting=True)
         return self._variants[key]
 
-    def _compile(self, analysis: Analysis, method: HiPrune, inputs: Sequence[Any]) -> Variant:
-        result = rewrite(analysis, method, always=self._settings.always_rewrite)
+    def _compile(self, method: HiPrune, inputs: Sequence[Any], *, rewriting: bool) -> Variant:
+        always = self._settings.always_rewrite
+        result = rewrite(self._module, inputs, method, always=always, rewriting=rewriting)
         if result.module is not None:
             try:
                 run = self._inner(result.module, inputs)
@@ -183,7 +182,7 @@ class CompiledGraph:
                     raise
                 result = undone(result, error)
         run = self._inner(self._module, inputs)
-        return Variant(run, result.report, False, analysis.batch_inputs())
+        return Variant(run, result.report, False, result.batch)
 
     def _inner(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Run:
         inner = self._settings.inner

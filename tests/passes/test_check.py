@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 import tokenpass
 from tests import tiny
-from tokenpass import pipeline, runtime
+from tokenpass import pipeline
 from tokenpass.errors import TokenpassWarning
 from tokenpass.passes.prune import prune
 
@@ -180,7 +180,7 @@ def test_analysis_that_fails_after_a_change_of_budget(monkeypatch: pytest.Monkey
     fast, model = compiled()
     with torch.no_grad():
         fast(tiny.images())
-    monkeypatch.setattr(runtime, "analyse", fails)
+    monkeypatch.setattr(pipeline, "analyse", fails)
     tokenpass.set_budget(fast, keep=0.25)
     held_to_account(fast, model, "SeededError: on purpose")
 
