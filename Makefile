@@ -29,7 +29,7 @@ $(VENV)/bench: $(VENV)/test
 	@touch $@
 
 demo: $(VENV)/demo  ## Prune a pretrained vision transformer on a photograph (writes demo.png)
-	$(BIN)/python examples/demo.py
+	$(BIN)/python -m examples.demo
 
 test: $(VENV)/test  ## All tests, with branch coverage
 	$(PYTEST) --numprocesses 2 --cov --cov-report=term
@@ -45,8 +45,9 @@ lint: $(VENV)/test  ## ruff and mypy, strict
 bench: $(VENV)/bench  ## Speed, memory and compile time; writes benchmarks/results
 	$(BIN)/python -m benchmarks.run
 
-study: $(VENV)/bench  ## Accuracy on labelled images; needs the weights (see benchmarks/README.md)
-	$(BIN)/python -m benchmarks.accuracy
+study: $(VENV)/bench  ## Accuracy and saliency on labelled images; needs the weights (see benchmarks/README.md)
+	$(BIN)/python -m benchmarks.accuracy --time
+	$(BIN)/python -m benchmarks.saliency
 
 clean:  ## Remove the environment and everything generated
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .coverage* build dist *.egg-info demo.png

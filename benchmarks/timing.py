@@ -1,0 +1,68 @@
+"""Wall time of several variants of one computation, measured in turns."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of each round of a variant, in order."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Interquartile range."""
+        if len(self.seconds) < 2:
+            return 0.0
+        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return high - low
+
+    def ratio_to(self, baseline: Times) -> float:
+        """Median over the rounds of this time to that of ``baseline`` in the same round."""
+        pairs = zip(self.seconds, baseline.seconds, strict=True)
+        return statistics.median(mine / its for mine, its in pairs)
+
+
+def interleaved(variants: Mapping[str, Call], rounds: int, warm_up: int = 2) -> dict[str, Times]:
+    """Time each variant once a round, each round starting with another one.
+
+    What slows the machine for a while slows all variants alike.
+    """
+    for call in variants.values():
+        for _ in range(warm_up):
+            call()
+    names = list(variants)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(rounds):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            seconds[name].append(once(variants[name]))
+    return {name: Times(tuple(values)) for name, values in seconds.items()}
+
+
+def once(call: Call) -> float:
+    """Seconds of one call, until the device is done."""
+    synchronise()
+    start = time.perf_counter()
+    call()
+    synchronise()
+    return time.perf_counter() - start
+
+
+def synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

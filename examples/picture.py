@@ -1,0 +1,63 @@
+"""What the demo draws: a photograph with its kept tokens, and two saliency maps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import numpy as np
+import torch
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from numpy.typing import NDArray
+from torch import Tensor
+
+Picture = NDArray[np.float32]
+
+DIMMED = 0.25
+"""How bright a patch stays whose token was dropped."""
+MAP = {"cmap": "magma", "vmin": 0.0, "vmax": 1.0}
+
+
+def highlight(photo: Picture, kept: Tensor, grid: tuple[int, int]) -> Picture:
+    """``photo`` ``(H, W, 3)``, 0 to 1, dimmed but for the patches at ``kept`` grid positions."""
+    light = torch.full((grid[0] * grid[1],), DIMMED)
+    light[kept] = 1.0
+    rows, columns = photo.shape[0] // grid[0], photo.shape[1] // grid[1]
+    mask = light.reshape(grid).repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+    bright: Picture = photo * mask.numpy()[..., None]
+    return bright
+
+
+def draw(
+    path: Path, photo: Picture, kept: Tensor, grid: tuple[int, int], full: Tensor, pruned: Tensor
+) -> None:
+    """Write the picture.
+
+    Args:
+        path: Of the PNG.
+        photo: ``(H, W, 3)``, 0 to 1.
+        kept: Grid positions, ``(K,)``.
+        grid: Rows and columns of patches.
+        full: Saliency of the unpruned model, ``(H, W)``.
+        pruned: Of the pruned one.
+    """
+    figure, axes = pyplot.subplots(1, 3, figsize=(13.5, 4.9), layout="constrained")
+    error = float((full - pruned).abs().mean())
+    _show(axes[0], f"kept tokens: {len(kept)} of {grid[0] * grid[1]}")
+    axes[0].imshow(highlight(photo, kept, grid))
+    _show(axes[1], "saliency, all tokens")
+    axes[1].imshow(full.numpy(), **MAP)
+    _show(axes[2], f"saliency, pruned (mean error {error:.4f})")
+    drawn = axes[2].imshow(pruned.numpy(), **MAP)
+    figure.colorbar(drawn, ax=axes[1:], shrink=0.8)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _show(axes: Axes, title: str) -> None:
+    axes.set_title(title)
+    axes.set_axis_off()
