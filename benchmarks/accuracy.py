@@ -27,7 +27,7 @@ from tokenpass.methods import DEFAULT_KEEP
 SIZE, BATCH, TIMED_BATCH = 224, 25, 8
 SEEDS = (0, 1, 2)
 MERGED = (8, 12, 13, 16)
-FLOPS_TARGETS = (0.6, 0.7)
+FLOPS_TARGETS = (0.6,)
 METHODS: dict[str, dict[str, Any]] = {
     "HiPrune + merge": {"dropped": "merge"},
     "HiPrune + discard": {"dropped": "discard"},
@@ -132,7 +132,6 @@ def main() -> None:
     keeps = arguments.keeps or [
         0.5,
         DEFAULT_KEEP,
-        0.25,
         *(budget_for(model, target) for target in FLOPS_TARGETS),
     ]
     study = Study(model, sorted(set(keeps), reverse=True))

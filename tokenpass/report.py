@@ -156,7 +156,7 @@ def _giga(flops: int) -> str:
 
 def _block_table(graph: GraphReport) -> Table:
     table = Table(box=None, pad_edge=False, width=WIDTH)
-    for title, ratio in (("block", 1), ("tokens", 2), ("attention", 2), ("mlp", 3), ("from", 8)):
+    for title, ratio in (("block", 1), ("tokens", 3), ("attention", 2), ("mlp", 4), ("from", 8)):
         table.add_column(title, ratio=ratio, no_wrap=True, overflow="ellipsis")
     for number, row in enumerate(graph.blocks, 1):
         tokens = str(row.tokens_in)
