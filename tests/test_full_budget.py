@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import tokenpass
-from tests.zoo import ENTRIES, Entry, relative_error, tensors
+from tests.zoo import MODELS, Entry, relative_error, tensors
 
 OPTIONS = st.fixed_dictionaries(
     {
@@ -27,11 +27,6 @@ OPTIONS = st.fixed_dictionaries(
 )
 
 
-QUICK = {"timm/deit_tiny_distilled_patch16_224", "timm/eva02_tiny_patch14_224"}
-MODELS = [
-    pytest.param(entry, id=entry.name, marks=[] if entry.name in QUICK else [pytest.mark.slow])
-    for entry in ENTRIES
-]
 everywhere = pytest.mark.parametrize("entry", MODELS)
 
 

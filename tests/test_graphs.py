@@ -95,6 +95,7 @@ def test_several_graphs() -> None:
     assert tokenpass.kept(fast).shape == (2, 64)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_recompiled_image_sizes() -> None:
     """Breaks if what was learnt on one image size is used for another."""

@@ -17,6 +17,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tokenpass import kernels
@@ -210,3 +212,14 @@ def test_no_whole_map_in_memory(operator: str) -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
     assert int(done.stdout) <= megabytes * 1000
+
+
+def test_flops_of_attention_are_counted_on_every_device() -> None:
+    """Breaks if the CPU's fused attention is left out, as in torch 2.13 itself, or raises."""
+    query = torch.randn(2, 3, 16, 8)
+    counts = []
+    for backends in ([SDPBackend.FLASH_ATTENTION], [SDPBackend.MATH]):
+        with torch.no_grad(), sdpa_kernel(backends), FlopCounterMode(display=False) as counter:
+            functional.scaled_dot_product_attention(query, query, query)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] == 2 * 2 * 2 * 3 * 16 * 16 * 8

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import timm
 import torch
 import torchvision
@@ -117,6 +118,13 @@ ENTRIES = [
     Entry("torchvision/vit_b_16", _torchvision, 64, 1),
 ]
 """All have :data:`DEPTH` blocks and :data:`GRID` patch tokens."""
+
+QUICK = {"timm/deit_tiny_distilled_patch16_224", "timm/eva02_tiny_patch14_224"}
+MODELS = [
+    pytest.param(entry, id=entry.name, marks=[] if entry.name in QUICK else [pytest.mark.slow])
+    for entry in ENTRIES
+]
+"""The same as parameters of a test; the quick loop runs :data:`QUICK` only."""
 
 BY_NAME = {entry.name: entry for entry in ENTRIES}
 

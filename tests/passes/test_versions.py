@@ -158,6 +158,7 @@ def _reads_tokens(found: Traced, node: fx.Node) -> bool:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MIXING)
 def test_mixing_at_full_budget_is_exact(name: str) -> None:
     mix, _ = MIXING[name]
