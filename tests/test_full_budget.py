@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -39,6 +39,7 @@ def compiled(model: nn.Module, *, dynamic: bool | None = None, **options: Any) -
 def test_outputs_equal_the_original(entry: Entry) -> None:
     model = entry.build()
 
+    @settings(max_examples=settings().max_examples // 2)  # each compiles a model
     @given(batch=st.integers(1, 3), options=OPTIONS)
     def holds(batch: int, options: dict[str, Any]) -> None:
         torch._dynamo.reset()
