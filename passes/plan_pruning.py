@@ -8,7 +8,7 @@ from torch import fx
 
 from tokenpass import torch_internals as internals
 from tokenpass.blocks import Attention, Block, Found, NoMatch
-from tokenpass.dims import Dim, Size
+from tokenpass.dims import Size
 from tokenpass.errors import OptionError
 from tokenpass.facts import Facts
 from tokenpass.graph import expression
@@ -158,11 +158,6 @@ def _second_thought(facts: Facts, grid: Grid, attention: Attention) -> fx.Node |
     return None
 
 
-def _first_is_patch(grid: Grid, dim: Dim) -> bool:
-    (tokens,) = (unit.dim for unit in grid.units(dim) if unit.holds_grid)
-    return grid.layout(tokens)[0] is None
-
-
 def _why_not(
     facts: Facts,
     found: Found,
@@ -182,7 +177,7 @@ def _why_not(
         if batch is not None and set(batch) != set(factors):
             return NoMatch(PATTERN, "the batch changes between the cuts", (block.out,))
         batch = factors
-    if ranking == "class" and _first_is_patch(grid, anchors.key_dim):
+    if ranking == "class" and grid.layout(grid.token_unit(anchors.key_dim))[0] is None:
         reason = "ranking by a class token: no prefix token comes before the patch tokens"
         return NoMatch(PATTERN, reason, (anchors.softmax,))
     written = written_values(facts.graph)

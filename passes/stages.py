@@ -125,7 +125,7 @@ class Stages:
 
         With it a token that stands for ``s`` tokens weighs as much as ``s`` of them (ToMe, eq. 1).
         """
-        unit = self._grid_unit(attention.key_dim)
+        unit = self._layout.grid.token_unit(attention.key_dim)
         pieces: list[Tensor] = []
         for size in self._layout.grid.layout(unit):
             if size is None:
@@ -180,15 +180,11 @@ class Stages:
 
     def _patches(self, x: Tensor, dim: Dim) -> Tensor:
         """The patch tokens of ``x`` ``(B, L, ...)``, whose tokens lie along ``dim``."""
-        layout = self._layout.grid.layout(self._grid_unit(dim))
+        layout = self._layout.grid.layout(self._layout.grid.token_unit(dim))
         place = layout.index(None)
         before = sum((self._layout.extent(size) for size in layout[:place] if size is not None), 0)
         after = sum((self._layout.extent(s) for s in layout[place + 1 :] if s is not None), 0)
         return x[:, before : x.shape[1] - after]
-
-    def _grid_unit(self, dim: Dim) -> Dim:
-        (unit,) = (unit for unit in self._layout.grid.units(dim) if unit.holds_grid)
-        return unit.dim
 
 
 def relative_positions(stages: Stages, source: int, target: int) -> Tensor:

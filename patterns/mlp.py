@@ -17,7 +17,7 @@ from tokenpass.blocks import Mlp, NoMatch
 from tokenpass.dims import is_data
 from tokenpass.facts import Facts, What
 from tokenpass.graph import operands
-from tokenpass.grid import Grid
+from tokenpass.grid import Tokens
 
 aten = torch.ops.aten
 
@@ -42,21 +42,21 @@ LINEAR_STEPS = (
 CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
 
 
-def find_mlps(facts: Facts, grid: Grid, stream: frozenset[fx.Node]) -> Iterator[Mlp | NoMatch]:
+def find_mlps(facts: Facts, tokens: Tokens, stream: frozenset[fx.Node]) -> Iterator[Mlp | NoMatch]:
     """MLPs over patch tokens and over what is pooled from them, in order.
 
     Args:
         facts: Of the graph.
-        grid: The patch tokens.
+        tokens: Which ones count.
         stream: Residual additions: no MLP reaches across one.
     """
     found: dict[fx.Node, Mlp] = {}
     misses: list[NoMatch] = []
     order = {node: place for place, node in enumerate(facts.effects)}
     for node in facts.graph.nodes:
-        if not is_linear(facts, grid, node):
+        if not is_linear(facts, tokens, node):
             continue
-        match = _match(facts, grid, node, stream, order)
+        match = _match(facts, tokens, node, stream, order)
         if match is None:
             continue
         if isinstance(match, NoMatch):
@@ -68,7 +68,7 @@ def find_mlps(facts: Facts, grid: Grid, stream: frozenset[fx.Node]) -> Iterator[
     yield from misses
 
 
-def is_linear(facts: Facts, grid: Grid, node: fx.Node) -> bool:
+def is_linear(facts: Facts, tokens: Tokens, node: fx.Node) -> bool:
     """Whether ``node`` multiplies channels with a constant matrix, each token alone.
 
     A 1x1 convolution counts where its positions are the patch tokens, not in a convolutional stem.
@@ -76,15 +76,15 @@ def is_linear(facts: Facts, grid: Grid, node: fx.Node) -> bool:
     effect = facts.effects[node]
     if effect.what is not What.CONTRACT:
         return False
-    if node.target in CONVOLUTIONS and not grid.carried_in(effect.outs[0]):
+    if node.target in CONVOLUTIONS and not tokens.carried_in(effect.outs[0]):
         return False
     data = _data_operands(facts, node)
-    return len(data) == 1 and not any(grid.touched_by(axis) for axis in effect.mixed)
+    return len(data) == 1 and not any(tokens.touched_by(axis) for axis in effect.mixed)
 
 
 def _match(
     facts: Facts,
-    grid: Grid,
+    tokens: Tokens,
     down: fx.Node,
     stream: frozenset[fx.Node],
     order: Mapping[fx.Node, int],
@@ -98,13 +98,13 @@ def _match(
         if node in seen:
             continue
         seen.add(node)
-        if is_linear(facts, grid, node):
+        if is_linear(facts, tokens, node):
             ups.append(node)
             continue
         what = facts.effects[node].what
         if node in stream or what not in (What.POINTWISE, What.VIEW, What.NORM):
-            mixes = what is What.MIX and not _from_image(facts, grid, node)
-            if mixes or _projects_tokens(facts, grid, node):
+            mixes = what is What.MIX and not tokens.made_by(node, facts.dims(node))
+            if mixes or _projects_tokens(facts, tokens, node):
                 return NoMatch(PATTERN, "tokens see each other between its layers", (down, node))
             return None
         between.append(node)
@@ -129,16 +129,11 @@ def _chained(outer: Mlp, inner: list[Mlp]) -> Mlp:
     return Mlp(inner[0].input, tuple(linears), outer.gated or any(mlp.gated for mlp in inner))
 
 
-def _projects_tokens(facts: Facts, grid: Grid, node: fx.Node) -> bool:
+def _projects_tokens(facts: Facts, tokens: Tokens, node: fx.Node) -> bool:
     """Whether ``node`` multiplies tokens, and not channels, with a constant matrix."""
     effect = facts.effects[node]
-    touched = any(grid.touched_by(axis) for axis in effect.mixed)
+    touched = any(tokens.touched_by(axis) for axis in effect.mixed)
     return effect.what is What.CONTRACT and touched and len(_data_operands(facts, node)) == 1
-
-
-def _from_image(facts: Facts, grid: Grid, node: fx.Node) -> bool:
-    """Whether ``node`` makes the positions of the grid: the patch embedding, no layer of an MLP."""
-    return any(factor.axis.node is node for factor in grid.dim)
 
 
 def _data_operands(facts: Facts, node: fx.Node) -> list[fx.Node]:

@@ -16,20 +16,20 @@ from tokenpass.blocks import Norm
 from tokenpass.dims import is_data
 from tokenpass.facts import Facts, What
 from tokenpass.graph import operands
-from tokenpass.grid import Grid
+from tokenpass.grid import Tokens
 
 REDUCTIONS = (What.REDUCE, What.AVERAGE)
 
 
-def find_norms(facts: Facts, grid: Grid) -> Iterator[Norm]:
+def find_norms(facts: Facts, tokens: Tokens) -> Iterator[Norm]:
     """Norms of patch tokens, in order; a norm that is part of another is not repeated."""
     inside: set[fx.Node] = set()
     order = {node: place for place, node in enumerate(facts.effects)}
     for node in facts.graph.nodes:
         effect = facts.effects[node]
-        if node in inside or not effect.outs or not grid.carried_in(effect.outs[0]):
+        if node in inside or not effect.outs or not tokens.carried_in(effect.outs[0]):
             continue
-        if any(grid.touched_by(axis) or axis.data for axis in effect.mixed):
+        if any(tokens.touched_by(axis) or axis.data for axis in effect.mixed):
             continue
         if effect.what is What.NORM:
             yield Norm(operands(node)[0], node)

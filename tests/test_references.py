@@ -34,7 +34,7 @@ FAMILIES: dict[str, Any] = {
     "torchvision/vit_b_16": other_families.Torchvision,
 }
 
-QUICK = {"timm/eva02_tiny_patch14_224", "transformers/CLIPVisionModel"}
+QUICK = {"timm/vit_small_patch16_dinov3", "transformers/CLIPVisionModel"}
 MODELS = [
     pytest.param(entry, id=entry.name, marks=[] if entry.name in QUICK else [pytest.mark.slow])
     for entry in ENTRIES

@@ -119,7 +119,7 @@ ENTRIES = [
 ]
 """All have :data:`DEPTH` blocks and :data:`GRID` patch tokens."""
 
-QUICK = {"timm/deit_tiny_distilled_patch16_224", "timm/eva02_tiny_patch14_224"}
+QUICK = {"timm/vit_small_patch14_reg4_dinov2", "transformers/CLIPVisionModel"}
 MODELS = [
     pytest.param(entry, id=entry.name, marks=[] if entry.name in QUICK else [pytest.mark.slow])
     for entry in ENTRIES

@@ -1,6 +1,17 @@
 """Token reduction for vision transformers as a ``torch.compile`` backend."""
 
-from tokenpass.api import BlockStats, Stats, kept, report, reset, set_budget, stats
+from tokenpass.api import (
+    BlockStats,
+    Stats,
+    kept,
+    load_state_dict,
+    report,
+    reset,
+    set_budget,
+    state_dict,
+    stats,
+    stream,
+)
 from tokenpass.backend import backend
 from tokenpass.errors import (
     BrokenInvariantError,
@@ -10,7 +21,8 @@ from tokenpass.errors import (
     TokenpassWarning,
 )
 from tokenpass.explain import explain
-from tokenpass.methods import HiPrune
+from tokenpass.latency import LatencyTarget
+from tokenpass.methods import Eventful, HiPrune
 from tokenpass.report import Refusal, Report
 from tokenpass.selection import select
 
@@ -19,7 +31,9 @@ __version__ = "0.1.0"
 __all__ = [
     "BlockStats",
     "BrokenInvariantError",
+    "Eventful",
     "HiPrune",
+    "LatencyTarget",
     "NothingRecordedError",
     "OptionError",
     "Refusal",
@@ -30,9 +44,12 @@ __all__ = [
     "backend",
     "explain",
     "kept",
+    "load_state_dict",
     "report",
     "reset",
     "select",
     "set_budget",
+    "state_dict",
     "stats",
+    "stream",
 ]

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from tokenpass import torch_internals as internals
-from tokenpass.errors import NothingRecordedError
-from tokenpass.methods import Budget, check_budget
+from tokenpass.errors import NothingRecordedError, OptionError
+from tokenpass.methods import Budget, HiPrune, Method, check_budget, check_threshold
 from tokenpass.report import GraphReport, Report
-from tokenpass.runtime import CompiledGraph, Session, graphs_of, last_call, with_budget
+from tokenpass.sessions import Graph, Session, graphs_of, last_call
+from tokenpass.streaming import DEFAULT_STREAM, StreamSession, streaming_to
 
 
 @dataclass(frozen=True)
@@ -30,15 +33,23 @@ class Stats:
     Attributes:
         blocks: In execution order.
         flops: Floating-point operations of a call; ``flops_before`` without the rewrite.
-        update_rates: Shares of tokens that gates let through; empty for pruning.
-        state_bytes: Memory that is kept between calls.
+        update_rates: Share of the tokens that each gate let through, in execution order; empty for
+            pruning.
+        selected: For each gate the tokens that it let through, ``(B, N)``, bool.
+        operations: Multiply-adds of the frame in the categories of the published Eventful
+            Transformers: ``"linear"``, ``"matmul"``, ``"gate"``, ``"accumulator"``.
+        state_bytes: Memory that is kept between calls, of all streams.
+        computed_in_full: Why the last frame was computed in full; empty if it was not.
     """
 
     blocks: Sequence[BlockStats]
     flops: int
     flops_before: int
     update_rates: Sequence[float] = ()
+    selected: Sequence[Tensor] = ()
+    operations: Mapping[str, int] = field(default_factory=dict)
     state_bytes: int = 0
+    computed_in_full: str = ""
 
     @property
     def flops_saved(self) -> int:
@@ -80,41 +91,134 @@ def stats(compiled: Any) -> Stats:
     Raises:
         NothingRecordedError: If the model has not run.
     """
-    reports = _reports(compiled)
+    sessions = _last_call(compiled)
+    reports = [session.report for session in sessions if session.report is not None]
+    frames = [s.last.frame for s in sessions if isinstance(s, StreamSession) and s.last is not None]
+    ran = [frame for frame in frames if frame is not None]
+    before = sum(item.flops_before for item in reports)
     return Stats(
         blocks=[BlockStats(row.tokens_in, row.tokens_out) for r in reports for row in r.blocks],
-        flops=sum(item.flops for item in reports),
-        flops_before=sum(item.flops_before for item in reports),
+        flops=sum(f.flops for f in ran) if ran else sum(item.flops for item in reports),
+        flops_before=before,
+        update_rates=[rate for frame in ran for rate in frame.update_rates],
+        selected=[mask for frame in ran for mask in frame.selected],
+        operations=_added(frame.operations for frame in ran),
+        state_bytes=sum(s.state_bytes for s in sessions if isinstance(s, StreamSession)),
+        computed_in_full="; ".join(dict.fromkeys(frame.why for frame in ran if frame.why)),
     )
 
 
-def set_budget(compiled: Any, *, keep: Budget) -> None:
+def _added(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for count in counts:
+        total.update(count)
+    return dict(total)
+
+
+def set_budget(
+    compiled: Any, *, keep: Budget | None = None, threshold: float | None = None
+) -> None:
     """Change the budget; the next call uses it, without recompilation by Dynamo.
 
-    A budget that was not used before is prepared in that call and kept from then on.
+    A pruning budget that was not used before is prepared in that call and kept from then on; that
+    of gates is a number which the compiled graph takes.
 
     Args:
         compiled: What ``torch.compile(..., backend="tokenpass")`` returned; has run before.
         keep: Share of the patch tokens (float) or their number (int).
+        threshold: Norm of a change that passes a gate; for models compiled with a threshold.
 
     Raises:
-        OptionError: If it is neither, or contradicts a schedule.
+        OptionError: If a value is none of these, contradicts a schedule, or is of a kind that the
+            model was not compiled with.
         NothingRecordedError: If the model has not run.
     """
-    check_budget("keep", keep)
-    for graph, session in _sessions(compiled):
-        with_budget(graph.method, keep)
-        session.keep = keep
+    if keep is None and threshold is None:
+        raise OptionError("keep=None, threshold=None: pass one of them")
+    if keep is not None:
+        check_budget("keep", keep)
+    check_threshold(threshold)
+    sessions = _sessions(compiled)
+    for graph, _ in sessions:
+        _check_kind(graph.method, keep, threshold)
+    for _, session in sessions:
+        session.keep = session.keep if keep is None else keep
+        if isinstance(session, StreamSession) and threshold is not None:
+            session.threshold = threshold
+
+
+def state_dict(compiled: Any, name: str = DEFAULT_STREAM) -> dict[str, Any]:
+    """What a stream remembers, to be saved or moved: tensors are copies.
+
+    Args:
+        compiled: A model compiled with eventful gating; has run before.
+        name: Of the stream.
+
+    Raises:
+        NothingRecordedError: If the model, or the stream, has not run.
+    """
+    sessions = [s for _, s in _sessions(compiled) if isinstance(s, StreamSession)]
+    return {str(number): session.export(name) for number, session in enumerate(sessions)}
+
+
+def load_state_dict(compiled: Any, state: Mapping[str, Any], name: str = DEFAULT_STREAM) -> None:
+    """Continue a stream from :func:`state_dict`, here or in another process.
+
+    Args:
+        compiled: The same model, compiled with the same method; has run on any frame before.
+        state: From :func:`state_dict`.
+        name: Of the stream that continues.
+
+    Raises:
+        OptionError: If the state is of a model with other graphs.
+        NothingRecordedError: If the model has not run.
+    """
+    sessions = [s for _, s in _sessions(compiled) if isinstance(s, StreamSession)]
+    if len(state) != len(sessions):
+        raise OptionError(f"state of {len(state)} graphs: the model has {len(sessions)}")
+    for number, session in enumerate(sessions):
+        session.restore(name, state[str(number)])
+
+
+def _check_kind(method: Method, keep: Budget | None, threshold: float | None) -> None:
+    """Raise :class:`OptionError` unless a method was compiled with budgets of these kinds."""
+    if isinstance(method, HiPrune):
+        if threshold is not None:
+            raise OptionError("threshold: pruning has no threshold; pass keep")
+        if keep is not None:
+            method.with_budget(keep)
+        return
+    for name, value in (("keep", keep), ("threshold", threshold)):
+        if value is not None and getattr(method, name) is None:
+            raise OptionError(
+                f"{name}={value!r}: the model was compiled without {name}; compile it with "
+                f"Eventful({name}=...) to change that from frame to frame"
+            )
 
 
 def reset(compiled: Any) -> None:
     """Forget what is remembered of earlier calls; budgets go back to what was compiled.
 
+    The next frame of every stream is computed in full.
+
     Raises:
         NothingRecordedError: If the model has not run.
     """
     for _, session in _sessions(compiled):
-        session.keep = session.kept = None
+        session.forget()
+
+
+def stream(compiled: Any, name: str) -> AbstractContextManager[None]:
+    """Calls inside the context, in this thread, have a state of their own.
+
+    Args:
+        compiled: What ``torch.compile(..., backend="tokenpass")`` returned.
+        name: Of the stream; the same name finds the same state again.
+
+    Raises:
+        NothingRecordedError: If ``compiled`` is no compiled model.
+    """
+    return streaming_to(_backend(compiled), name)
 
 
 def _reports(compiled: Any) -> list[GraphReport]:
@@ -125,15 +229,19 @@ def _last_call(compiled: Any) -> list[Session]:
     return last_call(session for _, session in _sessions(compiled))
 
 
-def _sessions(compiled: Any) -> list[tuple[CompiledGraph, Session]]:
+def _backend(compiled: Any) -> object:
     backend = internals.backend_of(compiled)
     if backend is None:
         raise NothingRecordedError(
             f"{type(compiled).__name__} is not a compiled model: pass what "
             'torch.compile(model, backend="tokenpass") returned'
         )
+    return backend
+
+
+def _sessions(compiled: Any) -> list[tuple[Graph, Session]]:
     model = internals.original_module(compiled)
-    graphs = graphs_of(backend)
+    graphs = graphs_of(_backend(compiled))
     found = [(graph, session) for graph in graphs for session in graph.sessions(model)]
     if not found:
         raise NothingRecordedError(

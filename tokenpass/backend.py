@@ -9,9 +9,10 @@ from torch import fx
 
 from tokenpass import torch_internals as internals
 from tokenpass.errors import OptionError
-from tokenpass.methods import HiPrune
+from tokenpass.methods import Eventful, HiPrune, Method
 from tokenpass.options import Inner, Settings, parse_options
 from tokenpass.runtime import CompiledGraph
+from tokenpass.streaming import GatedGraph
 
 Backend = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 
@@ -39,7 +40,7 @@ def tokenpass_backend(
 
 
 def backend(
-    method: HiPrune | None = None,
+    method: Method | None = None,
     *,
     inner: Inner = "inductor",
     always_rewrite: bool = False,
@@ -66,6 +67,9 @@ def backend(
     return tokenpass
 
 
-def _compile(module: fx.GraphModule, settings: Settings, inputs: Sequence[Any]) -> CompiledGraph:
+def _compile(
+    module: fx.GraphModule, settings: Settings, inputs: Sequence[Any]
+) -> CompiledGraph | GatedGraph:
     frame, owner = internals.frame_number(), internals.compiling_backend()
-    return CompiledGraph(module, settings, inputs, owner, frame)
+    made = GatedGraph if isinstance(settings.method, Eventful) else CompiledGraph
+    return made(module, settings, inputs, owner, frame)

@@ -11,13 +11,14 @@ from torch import fx
 
 from tokenpass import torch_internals as internals
 from tokenpass.errors import OptionError, TokenpassError
-from tokenpass.methods import HiPrune
-from tokenpass.pipeline import analyse, plan
+from tokenpass.gated import gate_graph
+from tokenpass.methods import Eventful, HiPrune, Method
+from tokenpass.pipeline import rewrite
 from tokenpass.report import GraphReport, Refusal, Report
 
 
 def explain(
-    model: Callable[..., Any], *args: Any, method: HiPrune | None = None, **kwargs: Any
+    model: Callable[..., Any], *args: Any, method: Method | None = None, **kwargs: Any
 ) -> Report:
     """Plan a method on a model; compile nothing.
 
@@ -43,7 +44,7 @@ def explain(
 
     def planning(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         with internals.showing_the_user(OptionError):
-            graphs.append(plan(analyse(module, inputs), wanted, always=False).report)
+            graphs.append(_planned(module, inputs, wanted))
         return module.forward
 
     traced = torch.compile(_fresh(_call), backend=planning, dynamic=False)
@@ -53,6 +54,12 @@ def explain(
             f"Dynamo captured no graph of {type(target).__name__}: does it run under torch.compile?"
         )
     return Report(graphs, _outside(target, args, kwargs, graphs))
+
+
+def _planned(module: fx.GraphModule, inputs: Sequence[Any], method: Method) -> GraphReport:
+    if isinstance(method, Eventful):
+        return gate_graph(module, inputs, method, always=False, dry=True).report
+    return rewrite(module, inputs, method, always=False, dry=True).report
 
 
 def _call(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

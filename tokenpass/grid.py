@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import sympy
+from torch import fx
 
 from tokenpass.dims import (
     Axis,
@@ -21,6 +23,45 @@ from tokenpass.dims import (
 )
 
 SizeOf = Callable[[Size], Size]
+
+
+class Tokens(Protocol):
+    """What a pattern asks of the tokens that it looks for."""
+
+    def carried_by(self, dim: Dim) -> bool:
+        """Whether a dimension tells tokens apart."""
+
+    def carried_in(self, dims: Dims) -> list[int]:
+        """The places of the dimensions that do."""
+
+    def touched_by(self, axis: Axis) -> bool:
+        """Whether positions along ``axis`` stand for tokens, or for parts of them."""
+
+    def made_by(self, node: fx.Node, dims: Dims) -> bool:
+        """Whether ``node``, whose result has ``dims``, makes the positions of the tokens."""
+
+
+@dataclass(frozen=True)
+class AnyTokens:
+    """Everything that comes from the input and does not tell images apart.
+
+    Attributes:
+        images: The axes of the batch, and input axes that are channels.
+    """
+
+    images: frozenset[Axis]
+
+    def carried_by(self, dim: Dim) -> bool:
+        return any(self.touched_by(factor.axis) for factor in dim)
+
+    def carried_in(self, dims: Dims) -> list[int]:
+        return [place for place, dim in enumerate(dims) if self.carried_by(dim)]
+
+    def touched_by(self, axis: Axis) -> bool:
+        return axis.data and axis not in self.images
+
+    def made_by(self, node: fx.Node, dims: Dims) -> bool:
+        return any(factor.axis.node is node for dim in dims for factor in dim)
 
 
 @dataclass(frozen=True)
@@ -57,6 +98,14 @@ class Grid:
         return any(
             self.touched_by(factor.axis) for dim in (*axis.parts, axis.source) for factor in dim
         )
+
+    def made_by(self, node: fx.Node, dims: Dims) -> bool:
+        return any(factor.axis.node is node for factor in self.dim)
+
+    def token_unit(self, dim: Dim) -> Dim:
+        """The piece of a dimension that holds the grid; there must be one."""
+        (unit,) = (unit.dim for unit in self.units(dim) if unit.holds_grid)
+        return unit
 
     def shredded_in(self, dims: Dims) -> bool:
         """Whether some dimension holds a piece of the grid without carrying all of it."""

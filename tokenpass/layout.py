@@ -155,6 +155,19 @@ class Layout:
             _product(shape[:a]), _product(shape[a:b]), shape[b], _product(shape[b + 1 :])
         )
 
+    def from_heads(self, heads: Tensor, dims: Dims, channel: int) -> Tensor:
+        """``(B, h, N, d)`` in dimensions ``dims``: the inverse of :meth:`heads`."""
+        units = [self.grid.units(dim) for dim in dims]
+        flat = [unit for group in units for unit in group]
+        first = sum(len(group) for group in units[:channel])
+        channels = list(range(first, first + len(units[channel])))
+        (tokens,) = (p for p, unit in enumerate(flat) if unit.holds_grid)
+        images = self._batch_places(flat)
+        others = [p for p in range(len(flat)) if p not in (*images, tokens, *channels)]
+        order = [*images, *others, tokens, *channels]
+        y = heads.reshape([self.extent(size_of(flat[place].dim)) for place in order])
+        return self._join(y.permute([order.index(p) for p in range(len(flat))]), units)
+
     def rows(self, x: Tensor, dims: Dims) -> Tensor:
         """The stream as ``(B, N, C)``."""
         y, units = self.split(x, dims)

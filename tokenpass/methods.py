@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from tokenpass.errors import OptionError
@@ -24,6 +24,15 @@ CUTS = 4
 
 DEFAULT_KEEP = 0.36
 """The cheapest share that cost no more than half a point of accuracy (docs/study.md)."""
+
+DEFAULT_UPDATE = 0.25
+"""Share of the tokens that a gate lets through, at which real video was measured (README)."""
+
+SCENE_CUT = 0.9
+"""Share of changed cells that tells a cut from motion, measured on real video (docs/study.md)."""
+
+MAX_STREAMS = 8
+"""Streams whose state is kept unless more are asked for."""
 
 
 def check_budget(name: str, value: Any) -> None:
@@ -155,6 +164,110 @@ class HiPrune:
         """Whether the budget is all tokens, whatever their number."""
         budgets = [keep for _, keep in self.stages or ()] or [self.keep]
         return all(isinstance(keep, float) and keep == 1.0 for keep in budgets)
+
+    def with_budget(self, keep: Budget) -> HiPrune:
+        """The same with another final budget; a schedule of its own keeps its proportions.
+
+        Raises:
+            OptionError: If the schedule counts tokens, so that its proportions are not known.
+        """
+        if self.stages is None:
+            return replace(self, keep=keep)
+        shares = [share for _, share in self.stages]
+        if not all(isinstance(share, float) for share in (keep, *shares)) or shares[-1] == 1.0:
+            raise OptionError(
+                f"keep={keep!r} cannot be derived from stages={self.stages!r}: "
+                "compile with other stages"
+            )
+        power = math.log(keep) / math.log(shares[-1])
+        stages = tuple((layer, share**power) for layer, share in self.stages)
+        return replace(self, keep=stages[-1][1], stages=stages)
+
+
+@dataclass(frozen=True)
+class Eventful:
+    """Eventful gating of video after Eventful Transformers (arXiv 2308.13494): no training.
+
+    Every token-wise region of the model (norm to queries, keys and values; output projection; MLP)
+    remembers for each token what it last used and computed. In a frame it is run on the tokens that
+    have changed most since; the others keep what was computed for them. Prefix tokens (class,
+    registers) are always updated, and the first frame of a stream is computed in full.
+
+    Attributes:
+        keep: Share of the patch tokens that each gate lets through in a frame (float in (0, 1]), or
+            their number (int >= 1). ``None`` with a threshold: no limit.
+        threshold: Let through what changed by more than this norm, at most ``keep`` if both are
+            given.
+        attention: ``"none"``: attention itself stays as it was traced; ``"delta"``: the published
+            form with buffered scores, ``O(N^2)`` memory; ``"exact"``: softmax attention on the
+            buffered queries, keys and values, updated with ``O(N)`` memory for what changed.
+        norm: Norm of a change over channels: 1, 2 or ``inf``.
+        gate_before_norm: Whether changes are measured before the normalisation of a region.
+        compat: As the published code does it: prefix tokens compete like any other and are counted
+            in ``keep``, of which fractions are rounded down; no frame is taken for a cut.
+        ranking: ``"change"``, or ``"random"`` as a baseline.
+        scene_cut: Share of the input's cells that must change at once for a frame to be computed in
+            full; ``None`` never does it.
+        max_streams: Streams whose state is kept; the least recently used one goes.
+
+    Raises:
+        OptionError: If a value is not one of the above.
+    """
+
+    keep: Budget | None = None
+    threshold: float | None = None
+    attention: Literal["exact", "delta", "none"] = "exact"
+    norm: float = 2
+    gate_before_norm: bool = False
+    compat: bool = False
+    ranking: Literal["change", "random"] = "change"
+    scene_cut: float | None = SCENE_CUT
+    max_streams: int = MAX_STREAMS
+
+    def __post_init__(self) -> None:
+        if self.keep is None and self.threshold is None:
+            object.__setattr__(self, "keep", DEFAULT_UPDATE)
+        if self.keep is not None:
+            check_budget("keep", self.keep)
+        check_threshold(self.threshold)
+        check_choice("attention", self.attention, ("exact", "delta", "none"))
+        check_choice("norm", self.norm, (1, 2, math.inf))
+        check_choice("ranking", self.ranking, ("change", "random"))
+        for name in ("gate_before_norm", "compat"):
+            check_choice(name, getattr(self, name), (True, False))
+        if self.scene_cut is not None and not (_is_number(self.scene_cut) and self.scene_cut > 0):
+            raise OptionError(f"scene_cut={self.scene_cut!r}: expected a share in (0, 1], or None")
+        if isinstance(self.max_streams, bool) or not isinstance(self.max_streams, int):
+            raise OptionError(f"max_streams={self.max_streams!r}: expected an int of at least 1")
+        if self.max_streams < 1:
+            raise OptionError(f"max_streams={self.max_streams}: expected an int of at least 1")
+
+    @property
+    def cut_share(self) -> float | None:
+        """``scene_cut``, which the published code does not have."""
+        return None if self.compat else self.scene_cut
+
+    def check_applicable(self) -> None:
+        """Nothing that only a model could tell."""
+
+    @property
+    def full(self) -> bool:
+        """Whether every token is let through, whatever their number."""
+        everything = isinstance(self.keep, float) and self.keep == 1.0
+        return self.threshold is None and everything
+
+
+Method = HiPrune | Eventful
+
+
+def check_threshold(value: Any) -> None:
+    """Raise :class:`OptionError` unless ``value`` is a norm, or ``None``."""
+    if value is not None and not (_is_number(value) and 0 <= value < math.inf):
+        raise OptionError(f"threshold={value!r}: expected a number of at least 0, or None")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def layer_at(depth: int, share: float) -> int:

@@ -9,9 +9,9 @@ from typing import Any
 
 from tokenpass import torch_internals as internals
 from tokenpass.errors import OptionError
-from tokenpass.methods import HiPrune
+from tokenpass.methods import Eventful, HiPrune, Method
 
-METHODS: dict[str, type[HiPrune]] = {"hiprune": HiPrune}
+METHODS: dict[str, type[Method]] = {"hiprune": HiPrune, "eventful": Eventful}
 
 Inner = str | Callable[..., Any]
 
@@ -31,7 +31,7 @@ class Settings:
         OptionError: If a value is none of these.
     """
 
-    method: HiPrune = field(default_factory=HiPrune)
+    method: Method = field(default_factory=HiPrune)
     inner: Inner = "inductor"
     always_rewrite: bool = False
     mode: str | None = None
@@ -65,7 +65,7 @@ def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) ->
     settings = {name: given.pop(name) for name in list(given) if name in general}
     if mode is not None:
         settings["mode"] = mode
-    if isinstance(method, HiPrune):
+    if isinstance(method, (HiPrune, Eventful)):
         if given:
             raise OptionError(f"{_choices(given)} beside a method object: set them on the object")
         return Settings(method=method, **settings)

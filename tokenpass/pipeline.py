@@ -121,12 +121,24 @@ def plan(analysis: Analysis, method: HiPrune, *, always: bool) -> Rewrite:
         always: Rewrite at full budget too, and where it does not pay.
     """
     facts, found = analysis.facts, analysis.found
+    report = base_report(analysis)
+    decided = plan_pruning(facts, found, method, analysis.extent, analysis.hint)
+    if isinstance(decided, NoMatch):
+        return _left(report, refusal_of(decided))
+    if method.full and not always:
+        return Rewrite(None, None, report)
+    return _with_costs(analysis, decided, report, always=always)
+
+
+def base_report(analysis: Analysis) -> GraphReport:
+    """What was found in a graph, and its cost as it is."""
+    facts, found = analysis.facts, analysis.found
     before = cost_before(facts, found.grid)
     report = GraphReport(
         attentions=found.attentions,
         mlps=found.mlps,
         blocks=_untouched(analysis, found.blocks),
-        refusals=[_refusal(miss) for miss in found.misses],
+        refusals=[refusal_of(miss) for miss in found.misses],
         proof=proof(facts, found),
         cost=before,
         cost_before=before,
@@ -135,13 +147,7 @@ def plan(analysis: Analysis, method: HiPrune, *, always: bool) -> Rewrite:
         tokens = analysis.hint(found.grid.count)
         report = replace(report, tokens=tokens, kept=tokens)
     number = evaluate(before, {0: report.tokens}, analysis.hint)
-    report = replace(report, flops=number, flops_before=number)
-    decided = plan_pruning(facts, found, method, analysis.extent, analysis.hint)
-    if isinstance(decided, NoMatch):
-        return _refused(report, _refusal(decided))
-    if method.full and not always:
-        return Rewrite(None, None, report)
-    return _with_costs(analysis, decided, report, always=always)
+    return replace(report, flops=number, flops_before=number)
 
 
 def _with_costs(
@@ -153,7 +159,7 @@ def _with_costs(
     flops = evaluate(cost, counts, analysis.hint)
     if decided.method.where == "encoder" and flops >= report.flops_before and not always:
         reason = f"pruning would not pay: {flops} FLOPs instead of {report.flops_before}"
-        return _refused(report, Refusal(reason))
+        return _left(report, Refusal(reason))
     report = replace(
         report,
         converted=True,
@@ -186,11 +192,17 @@ def _with_tokens(decided: Pruning, versions: Versions, counts: dict[int, int]) -
     return rows
 
 
-def _refused(report: GraphReport, refusal: Refusal) -> Rewrite:
-    return Rewrite(None, None, replace(report, refusals=[*report.refusals, refusal]))
+def _left(report: GraphReport, refusal: Refusal) -> Rewrite:
+    return Rewrite(None, None, refused(report, refusal))
 
 
-def _refusal(miss: NoMatch) -> Refusal:
+def refused(report: GraphReport, refusal: Refusal) -> GraphReport:
+    """``report`` with one more refusal."""
+    return replace(report, refusals=[*report.refusals, refusal])
+
+
+def refusal_of(miss: NoMatch) -> Refusal:
+    """A failed match in the words of the report."""
     first = miss.nodes[0] if miss.nodes else None
     stack = (first.meta.get("stack_trace") or "") if first is not None else ""
     return Refusal(f"{miss.pattern}: {miss.reason}", first.name if first is not None else "", stack)
@@ -203,6 +215,7 @@ def rewrite(
     *,
     always: bool,
     rewriting: bool = True,
+    dry: bool = False,
 ) -> Rewrite:
     """Analyse, plan, rewrite and check.
 
@@ -214,6 +227,7 @@ def rewrite(
         method: What was asked for.
         always: Rewrite at full budget too, and where it does not pay.
         rewriting: Whether the grid may be fixed to the one at hand.
+        dry: Only plan.
 
     Raises:
         OptionError: If the method does not fit the model.
@@ -222,7 +236,7 @@ def rewrite(
     try:
         analysis = analyse(module, inputs, rewriting=rewriting)
         planned = replace(plan(analysis, method, always=always), batch=analysis.batch_inputs())
-        if planned.plan is None:
+        if planned.plan is None or dry:
             return planned
         versions = _versions(analysis, planned.plan)
         rewritten = prune(analysis.captured, analysis.facts, planned.plan, versions)
@@ -236,10 +250,14 @@ def rewrite(
 
 def undone(planned: Rewrite, error: Exception) -> Rewrite:
     """The original graph instead of a rewrite that failed, with one warning and a refusal."""
+    return Rewrite(None, None, failed(planned.report, error), planned.batch)
+
+
+def failed(report: GraphReport, error: Exception) -> GraphReport:
+    """The report of a rewrite that failed and was undone; warns."""
     reason = f"the rewrite failed and was undone: {type(error).__name__}: {error}"
     log.debug("rewrite undone", exc_info=error)
     warnings.warn(f"tokenpass: {reason}", TokenpassWarning, stacklevel=2)
-    report = planned.report
     blocks = [
         replace(row, tokens_in=report.tokens, tokens_out=report.tokens) for row in report.blocks
     ]
@@ -250,5 +268,6 @@ def undone(planned: Rewrite, error: Exception) -> Rewrite:
         cost=report.cost_before,
         flops=report.flops_before,
         kept=report.tokens,
+        failed=True,
     )
-    return replace(_refused(report, Refusal(reason)), batch=planned.batch)
+    return refused(report, Refusal(reason))

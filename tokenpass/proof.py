@@ -46,8 +46,7 @@ def _embedding_lines(facts: Facts, grid: Grid, found: Found) -> list[str]:
 
 def _token_line(facts: Facts, grid: Grid, found: Found) -> str:
     match = found.over_grid[0]
-    (unit,) = (unit.dim for unit in grid.units(match.key_dim) if unit.holds_grid)
-    layout = grid.layout(unit)
+    layout = grid.layout(grid.token_unit(match.key_dim))
     parts = [f"{size} prefix" if size is not None else f"{grid.count} patch" for size in layout]
     shape = tuple(tensor_of(match.query).shape)
     where = grid.carried_in(facts.dims(match.query))[0]

@@ -45,11 +45,13 @@ class BlockReport:
         block: What was matched.
         tokens_in: Patch tokens that the block computes on.
         tokens_out: Patch tokens after it.
+        updated: Patch tokens that are computed anew in a frame; ``None`` where there are no frames.
     """
 
     block: Block
     tokens_in: int
     tokens_out: int
+    updated: int | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class GraphReport:
         cost: FLOPs after the rewrite as a polynomial in the token counts; ``cost_before`` without.
         flops: The same as a number for the given inputs; ``flops_before`` without the rewrite.
         tokens: Patch tokens; ``kept`` of them are left at the end.
+        failed: Whether a rewrite was begun and undone.
     """
 
     attentions: Sequence[Attention] = ()
@@ -80,6 +83,7 @@ class GraphReport:
     flops_before: int = 0
     tokens: int = 0
     kept: int = 0
+    failed: bool = False
 
 
 @dataclass(frozen=True)
@@ -162,6 +166,8 @@ def _block_table(graph: GraphReport) -> Table:
         tokens = str(row.tokens_in)
         if row.tokens_out != row.tokens_in:
             tokens += f" -> {row.tokens_out}"
+        if row.updated is not None:
+            tokens += f", {row.updated} updated"
         attention = "fused" if row.block.attention.fused else "written out"
         mlp = row.block.mlp
         linears = "none" if mlp is None else f"{len(mlp.linears)} linears"

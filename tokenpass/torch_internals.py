@@ -19,6 +19,7 @@ from torch import fx
 from torch._guards import CompileContext, TracingContext
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._sympy.interp import sympy_interp
@@ -100,6 +101,35 @@ def trace(
             pre_dispatch=True,
             _allow_non_fake_inputs=True,
         )(*inputs)
+
+
+def symbolic_mode() -> FakeTensorMode:
+    """A fake mode in which :func:`symbolic_count` makes sizes; all others are numbers."""
+    environment = ShapeEnv(specialize_zero_one=False, duck_shape=False)
+    return FakeTensorMode(shape_env=environment, allow_non_fake_inputs=True)
+
+
+def fakes_like(mode: FakeTensorMode, values: Iterable[Any]) -> list[Any]:
+    """Fakes in ``mode`` of the same shapes, strides, dtypes and devices."""
+
+    def fake(x: Any) -> Any:
+        if not isinstance(x, torch.Tensor):
+            return x
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+
+    with mode:
+        return [fake(value) for value in values]
+
+
+def symbolic_count(mode: FakeTensorMode, hint: int, name: str) -> torch.SymInt:
+    """A number that a graph traced under ``mode`` takes as an input, whatever its value."""
+    from torch._dynamo.source import ConstantSource
+
+    environment = mode.shape_env
+    assert environment is not None
+    source = ConstantSource(name)
+    symbol = environment.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC)
+    return environment.create_symintnode(symbol, hint=hint, source=source)  # type: ignore[return-value]
 
 
 def propagate(module: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode) -> Any:
@@ -278,3 +308,40 @@ class AttentionCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def counting_attention() -> AttentionCounter:
     """A context that counts the attention that runs inside it."""
     return AttentionCounter()
+
+
+# ---------------------------------------------------------------- attention (2.13)
+
+
+def fused_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Output of fused attention and natural logarithm of its row sums; ``None`` if there is none.
+
+    The CPU's kernel gives wrong numbers, without a word, unless the last dimensions of all but the
+    mask are contiguous, and calls the logarithm 0 for a query whose keys are all masked.
+
+    Args:
+        query: ``(B, h, N, d)``.
+        key: ``(B, h, M, d)``.
+        value: ``(B, h, M, dv)``.
+        mask: Added, in the dtype of the query; four dimensions that are 1 or as the scores have.
+        scale: Factor of the scores.
+    """
+    inputs = [x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value)]
+    widths = (query.shape[-1], value.shape[-1])
+    if query.is_cpu and widths[0] == widths[1]:
+        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, lse = fused(*inputs, attn_mask=mask, scale=scale)
+        if mask is not None and bool((lse == 0).any()):
+            lse.masked_fill_((mask == -torch.inf).all(-1), -torch.inf)
+        return out, lse
+    if query.is_cuda and mask is None and not any(width % 4 for width in widths):
+        efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+        out, lse, *_ = efficient(*inputs, None, True, scale=scale)
+        return out, lse[..., : query.shape[2]]  # padded
+    return None

@@ -13,14 +13,17 @@ FOLDERS = {"tokenpass": "tokenpass", "passes": "tokenpass.passes", "patterns": "
 
 LAYERS = [
     {"errors", "dims", "kernels", "torch_internals"},
-    {"graph", "grid", "merging", "methods"},
-    {"axis_rule", "blocks", "capture", "facts", "layout", "options", "selection"},
-    {"proof", "pruning", "report"},
+    {"graph", "grid", "merging", "methods", "attention_rows", "running_softmax"},
+    {"axis_rule", "blocks", "capture", "facts", "gates", "incremental", "layout", "options"},
+    {"rows", "scenes", "selection", "state"},
+    {"gating", "proof", "pruning", "report"},
     {"patterns"},
     {"passes"},
-    {"pipeline"},
-    {"runtime", "explain"},
+    {"pipeline", "gated"},
+    {"sessions"},
+    {"runtime", "streaming", "explain"},
     {"api", "backend"},
+    {"latency"},
     {"__init__"},
 ]
 """From the bottom up: a module imports from its own layer or from those below it."""

@@ -1,0 +1,70 @@
+"""What the axes of a graph's inputs are: images, channels, or something that makes tokens."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from tokenpass.dims import Axis, Kind, is_data, same
+from tokenpass.facts import Facts, What
+from tokenpass.graph import operands, values_of
+
+
+def image_axes(facts: Facts) -> frozenset[Axis]:
+    """The axes of the batch: input axes along which nothing meets up to the last attention.
+
+    What comes after it (a loss, an operation that nobody understands) does not matter.
+    """
+    nodes = list(facts.graph.nodes)
+    meeting = (What.SOFTMAX, What.ATTENTION)
+    last = [n for n in nodes if facts.effects[n].what in meeting] or [
+        n for n in nodes if facts.effects[n].what is What.CONTRACT
+    ]
+    upstream: set[fx.Node] = set()
+    pending = last[-1:]
+    while pending:
+        node = pending.pop()
+        if node not in upstream:
+            upstream.add(node)
+            pending += node.all_input_nodes
+    mixed = {axis for node in upstream for axis in facts.effects[node].mixed}
+    return _input_axes(facts) - mixed
+
+
+def channel_axes(facts: Facts) -> frozenset[Axis]:
+    """Input axes that are channels: a linear layer sums over all of them, or a norm runs there."""
+    found: set[Axis] = set()
+    for node in facts.graph.nodes:
+        effect = facts.effects[node]
+        if effect.what is What.CONTRACT and _data_operands(facts, node) == 1:
+            dims = [dim for work in effect.work for dim in work.inner]
+            found |= {f.axis for dim in dims for f in dim if same(f.size, f.axis.size)}
+        elif effect.what is What.NORM:
+            dims = [dim for dims in effect.outs for dim in dims]
+            whole_ones = {f.axis for dim in dims for f in dim if same(f.size, f.axis.size)}
+            found |= effect.mixed & whole_ones
+    return _input_axes(facts) & found
+
+
+def _input_axes(facts: Facts) -> frozenset[Axis]:
+    return frozenset(
+        factor.axis
+        for node in facts.graph.find_nodes(op="placeholder")
+        for dims in facts.effects[node].outs
+        for dim in dims
+        for factor in dim
+        if factor.axis.data and factor.axis.kind is Kind.INPUT
+    )
+
+
+def _data_operands(facts: Facts, node: fx.Node) -> int:
+    return sum(any(is_data(dim) for dim in facts.dims(source)) for source in operands(node))
+
+
+def varying_nodes(facts: Facts, constants: frozenset[fx.Node]) -> frozenset[fx.Node]:
+    """Everything that is computed from the user's input."""
+    found: set[fx.Node] = set()
+    for node in facts.graph.nodes:
+        is_input = node.op == "placeholder" and node not in constants and values_of(node)
+        if is_input or any(source in found for source in operands(node)):
+            found.add(node)
+    return frozenset(found)

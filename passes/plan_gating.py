@@ -1,0 +1,141 @@
+"""From what a graph holds to what will be gated: regions, and attentions that can be updated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from torch import fx
+
+from tokenpass.blocks import Attention, Block, Found, Mlp, NoMatch
+from tokenpass.facts import Facts, multiply_adds
+from tokenpass.gating import GatedAttention, Gating, Region
+from tokenpass.graph import ancestors, tensor_of
+from tokenpass.grid import AnyTokens
+from tokenpass.methods import Eventful
+from tokenpass.passes.functionalise import written_values
+from tokenpass.passes.input_axes import channel_axes, image_axes, varying_nodes
+from tokenpass.passes.token_wise import find_regions
+from tokenpass.patterns import block, mlp, residual
+from tokenpass.rows import own_digits
+
+PATTERN = "gating"
+
+
+def plan_gating(
+    facts: Facts,
+    found: Found,
+    constants: frozenset[fx.Node],
+    method: Eventful,
+    *,
+    always: bool,
+) -> Gating | NoMatch:
+    """Decide the gates.
+
+    Args:
+        facts: Of the graph; all sizes are numbers.
+        found: What the patterns found.
+        constants: Placeholders that are parameters or buffers.
+        method: What was asked for.
+        always: Gate a region even if its gate costs more than it saves.
+    """
+    images = image_axes(facts)
+    channels = channel_axes(facts)
+    tokens = AnyTokens(images | channels)
+    sets = ancestors(facts.graph)
+    residuals = list(residual.find_residuals(facts, tokens, sets))
+    stream = frozenset(n for item in residuals for n in (item.out, item.skip, item.root))
+    pinned = written_values(facts.graph)
+    regions = find_regions(
+        facts, images, channels, stream, pinned, constants, with_norms=method.gate_before_norm
+    )
+    if method.compat:
+        regions = [replace(region, fixed=()) for region in regions]
+    if not always:
+        regions = [region for region in regions if _pays(facts, region)]
+    if not regions:
+        return NoMatch(PATTERN, "no linear layer treats every token alone", ())
+    mlps = [m for m in mlp.find_mlps(facts, tokens, stream) if isinstance(m, Mlp)]
+    blocks = block.find_blocks(found.attentions, mlps, residuals, sets)
+    updated, misses = _attentions(facts, found.attentions, regions, constants, method)
+    gated = {node for region in regions for node in region.nodes}
+    return Gating(
+        method=method,
+        regions=regions,
+        attentions=updated,
+        blocks=[b for b in blocks if isinstance(b, Block) and _gated(b, gated)],
+        mlps=mlps,
+        misses=[*misses, *(b for b in blocks if isinstance(b, NoMatch))],
+    )
+
+
+def _pays(facts: Facts, region: Region) -> bool:
+    """Whether a region has more multiply-adds than its gate has operations (section 4.1)."""
+    rows = region.layout.images * region.layout.count
+    saved = sum(multiply_adds(facts.effects[node].work) for node in region.nodes)
+    moved = 3 * _elements(region.inputs) + _elements(region.outputs)
+    return bool(saved > moved) and rows > 1
+
+
+def _elements(nodes: Iterable[fx.Node]) -> int:
+    return sum(int(tensor_of(node).numel()) for node in nodes)
+
+
+def _gated(match: Block, gated: set[fx.Node]) -> bool:
+    """Whether some linear layer of a block, or what its attention reads, is behind a gate."""
+    linears = {linear for item in match.mlps for linear in item.linears}
+    reads = {node for item in match.attentions for node in (item.query, item.key, item.value)}
+    return not gated.isdisjoint(linears | reads)
+
+
+# ---------------------------------------------------------------- attention
+
+
+def _attentions(
+    facts: Facts,
+    attentions: Iterable[Attention],
+    regions: list[Region],
+    constants: frozenset[fx.Node],
+    method: Eventful,
+) -> tuple[list[GatedAttention], list[NoMatch]]:
+    if method.attention == "none":
+        return [], []
+    varying = varying_nodes(facts, constants)
+    updated: list[GatedAttention] = []
+    misses: list[NoMatch] = []
+    for match in attentions:
+        number = _region_of(match, regions)
+        if number is None:
+            reason = "queries, keys and values do not come out of one gate: attention stays dense"
+            misses.append(NoMatch(PATTERN, reason, (match.softmax,)))
+            continue
+        reason = _why_dense(facts, match, regions[number], varying, method.attention)
+        if reason:
+            misses.append(NoMatch(PATTERN, f"{reason}: attention stays dense", (match.softmax,)))
+        else:
+            updated.append(GatedAttention(match, number, method.attention))
+    return updated, misses
+
+
+def _region_of(match: Attention, regions: list[Region]) -> int | None:
+    reads = {match.query, match.key, match.value}
+    numbers = (n for n, region in enumerate(regions) if reads <= set(region.outputs))
+    return next(numbers, None)
+
+
+def _why_dense(
+    facts: Facts, match: Attention, region: Region, varying: frozenset[fx.Node], mode: str
+) -> str:
+    """Why an attention cannot be updated; empty if it can."""
+    layout = region.layout
+    dims = [facts.dims(node) for node in (match.query, match.key, match.value)]
+    within = all(match.key_dim in own for own in dims) and match.query_dim == match.key_dim
+    if not within or set(own_digits((match.key_dim,), layout.axes) or ()) != set(layout.tokens):
+        return "attention in windows, or over other tokens than the gate's"
+    if facts.dims(match.value)[-2:-1] != (match.key_dim,):
+        return "the values do not lie as rows of keys"
+    if mode == "delta":
+        return ""
+    if any(mask.node in varying for mask in match.masks):
+        return "its bias depends on the input"
+    return "" if match.plain else "its scores cannot be recomputed from queries and keys alone"

@@ -1,0 +1,236 @@
+"""Attention that is updated for the tokens that changed, in a graph that is being traced."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from tokenpass.blocks import Attention
+from tokenpass.facts import Facts
+from tokenpass.gating import GatedAttention, Gating
+from tokenpass.graph import operands
+from tokenpass.grid import Grid
+from tokenpass.incremental import full_attention, update_attention
+from tokenpass.layout import Layout, batch_factors
+from tokenpass.state import Slot, StateTable
+
+Env = Mapping[fx.Node, Any]
+
+
+class AttentionUpdates:
+    """Keeps what attentions remember, and computes them from it."""
+
+    def __init__(self, facts: Facts, plan: Gating, state: StateTable) -> None:
+        self._facts = facts
+        self._plan = plan
+        self._state = state
+        self._changed: dict[int, Tensor] = {}
+        self._valid: dict[int, Tensor | None] = {}
+        self._old: dict[fx.Node, Tensor] = {}
+
+    @staticmethod
+    def slots(facts: Facts, plan: Gating, item: GatedAttention) -> list[Slot]:
+        """What an attention remembers: for ``"exact"`` output, log of the row sums and drift of
+        each row; for ``"delta"`` scores, gated probabilities, gated values and output."""
+        number = plan.attentions.index(item)
+        value = item.attention.value.meta["val"]
+        images, heads, tokens, _, width = attention_shape(facts, item.attention)
+        rows, maps = (images, heads, tokens), (images, heads, tokens, tokens)
+        dtype = torch.float32 if item.mode == "exact" else value.dtype
+        shapes = (
+            {"out": (*rows, width), "lse": rows, "drift": (images, tokens)}
+            if item.mode == "exact"
+            else {"maps": maps, "values": (*rows, width), "out": (*rows, width)}
+        )
+        if item.mode == "delta" and not item.reads_maps:
+            shapes |= {"scores": maps}
+        return [
+            Slot(("attention", number, kind), shape, dtype, value.device)
+            for kind, shape in shapes.items()
+        ]
+
+    # ------------------------------------------------------------ full frames
+
+    def record(self, item: GatedAttention, env: Env) -> None:
+        """Remember an attention that was computed in full."""
+        match = item.attention
+        query, key, value = self._heads(match, env)
+        out, bias = self._slot(item, "out"), self._bias(match, env)
+        if item.mode == "exact":
+            lse, drift = self._slot(item, "lse"), self._slot(item, "drift")
+            full_attention(query, key, value, match.scale, bias, out, lse, drift)
+            return
+        if item.reads_maps:
+            maps = self._traced_maps(match, env)
+        else:
+            scores = (query * match.scale) @ key.transpose(-1, -2)
+            self._slot(item, "scores").copy_(scores)
+            maps = _probabilities(scores, bias)
+        self._slot(item, "maps").copy_(maps)
+        self._slot(item, "values").copy_(value)
+        out.copy_(maps @ value)
+
+    # ------------------------------------------------------------ later frames
+
+    def remember(self, region: int, changed: Tensor, valid: Tensor | None) -> None:
+        """Keep the keys and values of the tokens that a gate is about to overwrite.
+
+        Args:
+            region: Number of the gate.
+            changed: Positions of what passes, ``(B, U)``.
+            valid: Which of them do; the others are fillers. ``None`` if all do.
+        """
+        self._changed[region] = changed
+        self._valid[region] = valid
+        for item in self._plan.attentions:
+            if item.region != region or item.mode != "exact":
+                continue
+            for node in (item.attention.key, item.attention.value):
+                place = self._plan.regions[region].outputs.index(node)
+                dims = self._facts.dims(node)
+                rows = self._state[region, "buffer", place]
+                full = self._plan.regions[region].layout.full(rows, dims)
+                channel = _channel(item.attention, node, len(dims))
+                heads = _layout(self._facts, item.attention).heads(full, dims, channel)
+                self._old[node] = taken(heads, changed)
+
+    def update(self, item: GatedAttention, env: Env) -> Tensor:
+        """The attention's output after its tokens in :meth:`remember` changed."""
+        match = item.attention
+        query, key, value = self._heads(match, env)
+        changed, bias = self._changed[item.region], self._bias(match, env)
+        out = self._slot(item, "out")
+        if item.mode == "exact":
+            result = update_attention(
+                query,
+                key,
+                value,
+                self._old[match.key],
+                self._old[match.value],
+                changed,
+                match.scale,
+                bias,
+                out,
+                self._slot(item, "lse"),
+                self._slot(item, "drift"),
+            )
+        else:
+            result = self._delta(item, query, key, value, changed, bias, env)
+        dims = self._facts.dims(match.out)
+        return _layout(self._facts, match).from_heads(result, dims, len(dims) - 1)
+
+    def _delta(
+        self,
+        item: GatedAttention,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        changed: Tensor,
+        bias: Tensor | None,
+        env: Env,
+    ) -> Tensor:
+        """Buffered scores and the delta gate of the product with the values (sections 4.2, 4.3)."""
+        maps, values, out = (self._slot(item, kind) for kind in ("maps", "values", "out"))
+        if item.reads_maps:
+            now = self._traced_maps(item.attention, env)
+        else:
+            scores, scaled = self._slot(item, "scores"), query * item.attention.scale
+            put_rows(scores, changed, taken(scaled, changed) @ key.transpose(-1, -2), 2)
+            put_rows(scores, changed, scaled @ taken(key, changed).transpose(-1, -2), 3)
+            now = _probabilities(scores, bias)
+        columns, before = taken(now, changed, 3), taken(maps, changed, 3)
+        valid = self._valid[item.region]
+        if valid is not None:
+            columns = torch.where(valid[:, None, None], columns, before)
+        new = taken(value, changed)
+        moved_values = new - taken(values, changed)
+        moved_maps = columns - before
+        out.add_(columns @ moved_values)
+        out.add_(moved_maps @ (new - moved_values))
+        put_rows(values, changed, new, 2)
+        put_rows(maps, changed, columns, 3)
+        return out.clone()
+
+    # ------------------------------------------------------------ tensors
+
+    def _slot(self, item: GatedAttention, kind: str) -> Tensor:
+        return self._state["attention", self._plan.attentions.index(item), kind]
+
+    def _heads(self, match: Attention, env: Env) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values as ``(B, h, N, d)``; keys and values may have fewer heads."""
+        layout = _layout(self._facts, match)
+
+        def heads(node: fx.Node) -> Tensor:
+            dims = self._facts.dims(node)
+            return layout.heads(env[node], dims, _channel(match, node, len(dims)))
+
+        return heads(match.query), heads(match.key), heads(match.value)
+
+    def _bias(self, match: Attention, env: Env) -> Tensor | None:
+        """All masks of an attention as one that broadcasts to ``(B, h, N, N)``."""
+        layout = _layout(self._facts, match)
+        total: Tensor | None = None
+        for mask in match.masks:
+            seen = dict(self._facts.seen(mask.reader))[mask.node]
+            count = layout.grid.count
+            wide = layout.score_map(env[mask.node], seen, mask.key_place, count)
+            total = wide if total is None else total + wide
+        return total
+
+    def _traced_maps(self, match: Attention, env: Env) -> Tensor:
+        """The probabilities that the model computes, ``(B, h, N, N)``."""
+        node = operands(match.out)[-2]
+        dims = self._facts.dims(node)
+        layout = _layout(self._facts, match)
+        return layout.score_map(env[node], dims, len(dims) - 1, layout.grid.count)
+
+
+def _probabilities(scores: Tensor, bias: Tensor | None) -> Tensor:
+    return (scores if bias is None else scores + bias).softmax(-1)
+
+
+def taken(x: Tensor, positions: Tensor, dim: int = 2) -> Tensor:
+    """Each image's own positions ``(B, U)`` along a dimension of ``(B, h, ., .)``."""
+    if positions.shape[0] == 1:
+        return x.index_select(dim, positions.reshape(-1))
+    return x.gather(dim, _spread(x, positions, dim))
+
+
+def put_rows(x: Tensor, positions: Tensor, new: Tensor, dim: int) -> None:
+    """Write ``new`` to each image's own positions ``(B, U)`` along a dimension of ``x``."""
+    if positions.shape[0] == 1:
+        x.index_copy_(dim, positions.reshape(-1), new)
+    else:
+        x.scatter_(dim, _spread(x, positions, dim), new)
+
+
+def _spread(x: Tensor, positions: Tensor, dim: int) -> Tensor:
+    shape = list(x.shape)
+    shape[dim] = positions.shape[1]
+    lead = [positions.shape[0], *(positions.shape[1] if d == dim else 1 for d in range(1, x.dim()))]
+    return positions.reshape(lead).expand(shape)
+
+
+def _layout(facts: Facts, match: Attention) -> Layout:
+    grid = Grid(match.key_dim)
+    return Layout(grid, batch_factors(facts.dims(match.query), grid), int)
+
+
+def _channel(match: Attention, node: fx.Node, rank: int) -> int:
+    if node is match.query:
+        return match.channel[0]
+    return match.channel[1] if node is match.key else rank - 1
+
+
+def attention_shape(facts: Facts, match: Attention) -> tuple[int, int, int, int, int]:
+    """Images, heads, tokens, width of a query and of a value."""
+    layout = _layout(facts, match)
+    images = math.prod(int(factor.size) for factor in layout.batch)
+    tokens = int(layout.grid.count)
+    query, value = match.query.meta["val"], match.value.meta["val"]
+    width = int(query.shape[match.channel[0]])
+    return images, query.numel() // (images * tokens * width), tokens, width, int(value.shape[-1])

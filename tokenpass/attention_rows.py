@@ -1,0 +1,149 @@
+"""Softmax attention of some rows, with what makes a running sum of it: the logarithm of its sums.
+
+Shapes: ``B`` images, ``h`` heads, ``N`` tokens, ``R`` rows at hand, ``d`` and ``dv`` the widths of
+keys and values. A query that sees no key has output 0 and logarithm ``-inf``. A bias has four
+dimensions, each 1 or as the scores have it; it is added if floating, ``False`` excludes if bool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from tokenpass.torch_internals import fused_attention
+
+Places = Tensor | slice
+"""Positions ``(B, R)``, or the same slice of all images."""
+
+BLOCK_BYTES = 16 * 2**20
+"""Size of the largest block of a bias that is gathered or converted."""
+
+
+def compute(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    bias: Tensor | None,
+    rows: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """Write the attention of the queries at ``rows`` ``(B, R)``, or of all, into the state."""
+    images, heads, tokens, _ = query.shape
+    key, value = (each_head(x, heads) for x in (key, value))
+    as_it_is = rows is None and bias is not None and bias.dtype == torch.float32
+    line = 0 if as_it_is else line_bytes(bias, images, key.shape[2])
+    for part in blocks(tokens if rows is None else rows.shape[1], line):
+        places = part if rows is None else rows[:, part]
+        mask = None if bias is None else additive(rows_of_bias(bias, places))
+        some, sums = attention(take(query, places).float(), key, value, mask, scale)
+        _write(out, places, some)
+        _write(lse[..., None], places, sums[..., None])
+
+
+# ---------------------------------------------------------------- attention
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention in float32 and the logarithm of its row sums; 0 and ``-inf`` without a key."""
+    fused = fused_attention(query, key, value, mask, scale)
+    return fused or _composed_attention(query, key, value, mask, scale)
+
+
+def _composed_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """What no fused operator takes, in blocks of queries."""
+    out = value.new_empty((*query.shape[:3], value.shape[3]))
+    lse = query.new_empty(query.shape[:3])
+    for rows in blocks(query.shape[2], 4 * query.shape[:2].numel() * key.shape[2]):
+        scores = (query[:, :, rows] * scale) @ key.mT
+        if mask is not None:
+            scores += rows_of_bias(mask, rows)
+        sums = scores.logsumexp(-1)
+        lse[:, :, rows] = sums
+        out[:, :, rows] = scores.sub_(finite(sums)[..., None]).exp_() @ value
+    return out, lse
+
+
+def finite(lse: Tensor) -> Tensor:
+    """What exponents are taken relative to: 0 for a query that sees no key."""
+    return lse.masked_fill(lse == -torch.inf, 0.0)
+
+
+def each_head(x: Tensor, heads: int) -> Tensor:
+    """Keys or values in float32, with a head for each of the queries'."""
+    groups = x.shape[1]
+    x = x if groups == heads else x.repeat_interleave(heads // groups, 1)
+    return x.float()
+
+
+# ---------------------------------------------------------------- rows
+
+
+def blocks(total: int, line_bytes: int, most: int | None = None) -> Iterator[slice]:
+    """Slices of ``range(total)`` of at most ``most`` lines and :data:`BLOCK_BYTES`, or of one."""
+    step = max(1, total if most is None else most)
+    if line_bytes:
+        step = max(1, min(step, BLOCK_BYTES // line_bytes))
+    for start in range(0, total, step):
+        yield slice(start, min(start + step, total))
+
+
+def take(x: Tensor, places: Places) -> Tensor:
+    """The positions of ``(B, h, N, d)`` at ``places``."""
+    if isinstance(places, slice):
+        return x[:, :, places]
+    if places.shape[0] == 1:
+        return x.index_select(2, places[0])
+    return x.gather(2, places[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+
+
+def _write(state: Tensor, places: Places, rows: Tensor) -> None:
+    """Put back what :func:`take` takes."""
+    if isinstance(places, slice):
+        state[:, :, places] = rows
+    elif places.shape[0] == 1:
+        state.index_copy_(2, places[0], rows)
+    else:
+        state.scatter_(2, places[:, None, :, None].expand_as(rows), rows)
+
+
+# ---------------------------------------------------------------- bias
+
+
+def line_bytes(bias: Tensor | None, images: int, keys: int) -> int:
+    """Bytes of a bias for one query of all images and heads; 0 if all queries share it."""
+    if bias is None or bias.shape[2] == 1:
+        return 0
+    return 4 * images * bias.shape[1] * keys
+
+
+def rows_of_bias(bias: Tensor, places: Places) -> Tensor:
+    if bias.shape[2] == 1:
+        return bias
+    if isinstance(places, Tensor):
+        bias = bias.expand(places.shape[0], -1, -1, -1)
+    return take(bias, places)
+
+
+def columns_of_bias(bias: Tensor, places: Tensor) -> Tensor:
+    if bias.shape[3] == 1:
+        return bias.expand(-1, -1, -1, places.shape[1])
+    if places.shape[0] == 1:
+        return bias.index_select(3, places[0])
+    return bias.expand(places.shape[0], -1, -1, -1).gather(
+        3, places[:, None, None].expand(-1, *bias.shape[1:3], -1)
+    )
+
+
+def additive(mask: Tensor) -> Tensor:
+    """A mask that is added, from one in which ``False`` excludes, or from one of any precision."""
+    if mask.dtype == torch.bool:
+        return torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, -torch.inf)
+    return mask.float()

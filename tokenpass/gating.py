@@ -1,0 +1,108 @@
+"""The plan of eventful gating: which regions, behind which gates. Plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from tokenpass.blocks import Attention, Block, Mlp, NoMatch
+from tokenpass.graph import operands
+from tokenpass.methods import Eventful
+from tokenpass.rows import RowLayout
+
+
+@dataclass(frozen=True)
+class Region:
+    """Token-wise operations that run on the tokens that a gate lets through.
+
+    Attributes:
+        layout: How images and tokens lie in its values.
+        nodes: The operations, in execution order.
+        inputs: What they read that has a value for each token.
+        outputs: Those of them that are read outside.
+        fixed: Positions of the tokens that always pass.
+    """
+
+    layout: RowLayout
+    nodes: tuple[fx.Node, ...]
+    inputs: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node, ...]
+    fixed: tuple[int, ...]
+
+    @property
+    def patches(self) -> int:
+        """Tokens of an image that a budget is a share of."""
+        return self.layout.count - len(self.fixed)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Patch and fixed tokens of an image."""
+        return self.patches, len(self.fixed)
+
+
+@dataclass(frozen=True)
+class GatedAttention:
+    """An attention that is updated, and not computed anew.
+
+    Attributes:
+        attention: The match.
+        region: Which region its queries, keys and values come from, by number.
+        mode: ``"exact"`` or ``"delta"``.
+    """
+
+    attention: Attention
+    region: int
+    mode: str
+
+    @property
+    def reads_maps(self) -> bool:
+        """Whether the model's own probabilities are read, and not computed from buffered scores."""
+        return self.mode == "delta" and not self.attention.plain
+
+
+@dataclass(frozen=True)
+class Gating:
+    """All gates of a graph.
+
+    Attributes:
+        method: What was asked for.
+        regions: In execution order.
+        attentions: Those that are updated; all others are computed as they were traced.
+        blocks: What the patterns found around windows and grids alike.
+        mlps: Every MLP.
+        misses: What is left as it was.
+    """
+
+    method: Eventful
+    regions: Sequence[Region]
+    attentions: Sequence[GatedAttention]
+    blocks: Sequence[Block]
+    mlps: Sequence[Mlp]
+    misses: Sequence[NoMatch]
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """Patch and fixed tokens of the gates, each pair once: a count is passed for each."""
+        return tuple(dict.fromkeys(region.size for region in self.regions))
+
+
+def needed_nodes(graph: fx.Graph, plan: Gating) -> set[fx.Node]:
+    """What the incremental graph has to compute, in terms of the original's nodes."""
+    reads: dict[fx.Node, list[fx.Node]] = {}
+    for item in plan.attentions:
+        match = item.attention
+        masks = [mask.node for mask in match.masks]
+        maps = operands(match.out)[-2:-1] if item.reads_maps else []
+        reads[match.out] = [match.query, match.key, match.value, *masks, *maps]
+    region_of = {node: region for region in plan.regions for node in region.nodes}
+    needed: set[fx.Node] = set()
+    pending = [node for node in graph.nodes if node.op == "output" or node.is_impure()]
+    while pending:
+        node = pending.pop()
+        if node not in needed:
+            needed.add(node)
+            pending += reads.get(node, node.all_input_nodes)
+            pending += region_of[node].nodes if node in region_of else ()
+    return needed

@@ -1,0 +1,52 @@
+"""Telling a cut from motion, on the pixels of a frame."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import avg_pool2d
+
+CELL = 16
+"""Side of a cell in pixels: about that of a patch."""
+
+CHANGED = 0.5
+"""A cell has changed if its root mean square difference is that share of the frame's deviation."""
+
+
+class SceneWatch:
+    """Remembers a frame, and compares the next one with it."""
+
+    def __init__(self) -> None:
+        self._before: list[Tensor] = []
+
+    def cut(self, frames: Sequence[Any], share: float | None) -> bool:
+        """Whether at least ``share`` of the cells of all pictures changed since the last call.
+
+        Args:
+            frames: What the model is given; pictures are floating tensors ``(..., H, W)``.
+            share: ``None`` for no cut ever.
+        """
+        if share is None:
+            return False
+        pictures = [x.detach() for x in frames if _is_picture(x)]
+        before, self._before = self._before, [x.clone() for x in pictures]
+        if not pictures or len(before) != len(pictures):
+            return False
+        changed = [_changed(x, y) for x, y in zip(pictures, before, strict=True)]
+        return bool(torch.cat(changed).float().mean() >= share)
+
+
+def _is_picture(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point() and x.dim() >= 4
+
+
+def _changed(x: Tensor, y: Tensor) -> Tensor:
+    """Which cells of ``(..., H, W)`` changed: bool, one dimension."""
+    height, width = x.shape[-2:]
+    now, before = (z.reshape(-1, 1, height, width).float() for z in (x, y))
+    cell = (min(CELL, height), min(CELL, width))
+    moved = avg_pool2d((now - before).square(), cell)
+    return (moved > (CHANGED * now.std()) ** 2).reshape(-1)

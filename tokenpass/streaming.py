@@ -1,0 +1,379 @@
+"""Gated graphs at run time: one state for each stream, budgets that change from frame to frame."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import logging
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from tokenpass import torch_internals as internals
+from tokenpass.errors import NothingRecordedError, TokenpassError, TokenpassWarning
+from tokenpass.gated import Gated, gate_graph, passing
+from tokenpass.methods import Eventful
+from tokenpass.options import Settings
+from tokenpass.runtime import Run, compile_inner, warn_of_nothing
+from tokenpass.scenes import SceneWatch
+from tokenpass.sessions import Session, Sessions, graphs_of, register
+from tokenpass.state import Slot, fresh_state
+
+log = logging.getLogger("tokenpass")
+
+Signature = tuple[Any, ...]
+
+DEFAULT_STREAM = "default"
+
+_stream: contextvars.ContextVar[Mapping[int, str]] = contextvars.ContextVar("stream")
+
+
+@contextlib.contextmanager
+def streaming_to(backend: object, name: str) -> Iterator[None]:
+    """Calls inside, in this thread, use the state of stream ``name``."""
+    token = _stream.set({**_stream.get({}), id(backend): name})
+    try:
+        yield
+    finally:
+        _stream.reset(token)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What happened in one frame.
+
+    Attributes:
+        gated: The graph that ran.
+        full: Whether everything was computed.
+        passed: For each gate what it let through, positions ``(B, U)`` or a mask ``(B, N)``; empty
+            for a full frame.
+        why: Why everything was computed, if it was.
+    """
+
+    gated: Gated
+    full: bool
+    passed: Sequence[Tensor] = ()
+    why: str = ""
+
+    @property
+    def selected(self) -> list[Tensor]:
+        """For each gate the tokens that passed, ``(B, N)``, bool."""
+        plan = self.gated.plan
+        if plan is None:
+            return []
+        masks: list[Tensor] = []
+        for number, region in enumerate(plan.regions):
+            mask = torch.full((region.layout.images, region.layout.count), self.full)
+            if not self.full:
+                passed = self.passed[number].cpu()
+                mask = passed if passed.dtype == torch.bool else mask.scatter(1, passed, True)
+            masks.append(mask)
+        return masks
+
+    @property
+    def update_rates(self) -> list[float]:
+        """Share of the tokens that passed each gate."""
+        return [float(mask.float().mean()) for mask in self.selected]
+
+    @property
+    def rows(self) -> list[int]:
+        """Rows that passed each gate."""
+        return [int(mask.sum()) for mask in self.selected]
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of the frame."""
+        report = self.gated.report
+        if self.full:
+            return report.flops_before
+        return self.gated.operations.flops(self.rows)
+
+    @property
+    def operations(self) -> dict[str, int]:
+        """Multiply-adds in the categories of the published code's counters."""
+        return self.gated.operations.counted(self.rows, full=self.full)
+
+
+@dataclass
+class Stream:
+    """The state of one video.
+
+    Attributes:
+        signature: Shapes, dtypes and devices of its frames.
+        state: The tensors that the graphs write into.
+        fresh: Why the next frame has to be computed in full; empty if it need not.
+        finite: Whether all changes of the last frame were finite, ``()``, bool.
+        scenes: Tells a cut from motion.
+        frame: The last one.
+    """
+
+    signature: Signature = ()
+    state: list[Tensor] = field(default_factory=list)
+    fresh: str = "first frame"
+    finite: Tensor | None = None
+    scenes: SceneWatch = field(default_factory=SceneWatch)
+    frame: Frame | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+@dataclass
+class StreamSession(Session):
+    """The streams of one model, the most recently used one last.
+
+    Attributes:
+        threshold: A threshold set at run time; ``None`` for the one it was compiled with.
+    """
+
+    threshold: float | None = None
+    streams: OrderedDict[str, Stream] = field(default_factory=OrderedDict)
+    last: Stream | None = None
+
+    @property
+    def state_bytes(self) -> int:
+        """Memory of all streams."""
+        tensors = (x for stream in self.streams.values() for x in stream.state)
+        return sum(x.numel() * x.element_size() for x in tensors)
+
+    def export(self, name: str) -> dict[str, Any]:
+        """The state of a stream, as copies that can be moved to another process."""
+        stream = self.streams.get(name)
+        if stream is None:
+            known = ", ".join(repr(key) for key in self.streams)
+            raise NothingRecordedError(f"no stream {name!r}: there are {known or 'none'}")
+        with stream.lock:
+            return {
+                "signature": stream.signature,
+                "state": [x.detach().clone() for x in stream.state],
+                "fresh": stream.fresh,
+            }
+
+    def restore(self, name: str, saved: Mapping[str, Any]) -> None:
+        """Continue a stream from what :meth:`export` gave."""
+        stream = self.streams.setdefault(name, Stream())
+        with stream.lock:
+            stream.signature, stream.fresh = saved["signature"], saved["fresh"]
+            with torch.inference_mode(False):
+                stream.state = [x.detach().clone() for x in saved["state"]]
+            stream.finite, stream.scenes = None, SceneWatch()
+
+    def forget(self) -> None:
+        super().forget()
+        self.threshold = None
+        self.streams.clear()
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """The graphs for one signature."""
+
+    gated: Gated
+    full: Run
+    incremental: Run | None
+
+
+class GatedGraph:
+    """What Dynamo calls in place of a graph.
+
+    Everything is compiled for the shapes of the first frame that has them.
+
+    Args:
+        module: Dynamo's graph.
+        settings: How to compile it.
+        inputs: Example inputs.
+        backend: The backend object of the ``torch.compile`` call.
+        frame: The number of the frame that the graph was made of, if Dynamo made it.
+    """
+
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        settings: Settings,
+        inputs: Sequence[Any],
+        backend: object | None = None,
+        frame: int | None = None,
+    ) -> None:
+        assert isinstance(settings.method, Eventful)
+        self.backend = backend
+        self._method = settings.method
+        self._module = module
+        self._settings = settings
+        self._sessions = Sessions(lambda part: StreamSession(part=part), inputs, frame)
+        self._constants = frozenset(
+            i
+            for i, (n, x) in enumerate(
+                zip(module.graph.find_nodes(op="placeholder"), inputs, strict=True)
+            )
+            if internals.is_model_state(n, x)
+        )
+        self._compiled: dict[Signature, Compiled] = {}
+        self._lock = threading.Lock()
+        register(self)
+
+    @property
+    def method(self) -> Eventful:
+        """The method that the model was compiled with."""
+        return self._method
+
+    def sessions(self, model: torch.nn.Module | None) -> list[StreamSession]:
+        """The sessions of a model; of every model where it is not known."""
+        return self._sessions.of_model(model)
+
+    def __call__(self, *inputs: Any) -> Any:
+        _refuse_gradients(inputs)
+        session = self._sessions.of(inputs)
+        frames = [x for i, x in enumerate(inputs) if i not in self._constants]
+        stream = self._stream(session)
+        with stream.lock:
+            outputs = self._run(session, stream, inputs, frames)
+        session.last = stream
+        session.mark()
+        return outputs
+
+    # ------------------------------------------------------------ streams
+
+    def _stream(self, session: StreamSession) -> Stream:
+        name = _stream.get({}).get(id(self.backend), DEFAULT_STREAM)
+        for sibling in self._siblings(session):
+            if name in sibling.streams:
+                session.streams[name] = sibling.streams.pop(name)
+        with self._lock:
+            stream = session.streams.setdefault(name, Stream())
+            session.streams.move_to_end(name)
+            while len(session.streams) > self._method.max_streams:
+                gone, _ = session.streams.popitem(last=False)
+                warnings.warn(
+                    f"tokenpass: more than {self._method.max_streams} streams; the state of "
+                    f"{gone!r}, least recently used, is dropped (max_streams keeps more)",
+                    TokenpassWarning,
+                    stacklevel=2,
+                )
+        return stream
+
+    def _siblings(self, session: StreamSession) -> list[StreamSession]:
+        """Sessions of the same part of the model in graphs that Dynamo made for other shapes."""
+        return [
+            other
+            for graph in graphs_of(self.backend)
+            if isinstance(graph, GatedGraph) and graph is not self
+            for other in graph.sessions(None)
+            if other.part == session.part and other.streams
+        ]
+
+    def _run(
+        self, session: StreamSession, stream: Stream, inputs: Sequence[Any], frames: Sequence[Any]
+    ) -> Any:
+        signature = tuple(_kind(x) for x in frames)
+        compiled = self._variant(signature, inputs)
+        session.report = compiled.gated.report
+        if compiled.incremental is None:
+            stream.frame = Frame(compiled.gated, True, why="nothing is gated")
+            return compiled.full(*inputs)
+        if stream.signature != signature or not _fits(stream.state, compiled.gated.slots):
+            self._begin(stream, signature, compiled)
+        why = self._why_full(session, stream, frames)
+        if why:
+            log.debug("frame computed in full: %s", why)
+            outputs = compiled.full(*inputs, *stream.state)
+            stream.frame, stream.finite = Frame(compiled.gated, True, why=why), None
+        else:
+            budget = self._budget(session, compiled.gated)
+            outputs = compiled.incremental(*inputs, *budget, *stream.state)
+            outputs, rows = self._split(compiled.gated, outputs)
+            stream.finite, *passed = rows
+            stream.frame = Frame(compiled.gated, False, passed)
+        stream.fresh = ""
+        return outputs
+
+    def _begin(self, stream: Stream, signature: Signature, compiled: Compiled) -> None:
+        if stream.signature:
+            stream.fresh = f"frames changed from {stream.signature} to {signature}"
+            log.info("stream starts afresh: %s", stream.fresh)
+        stream.signature = signature
+        stream.state = fresh_state(compiled.gated.slots)
+        stream.scenes = SceneWatch()
+
+    def _why_full(self, session: StreamSession, stream: Stream, frames: Sequence[Any]) -> str:
+        """Why a frame is to be computed in full; empty if it is not."""
+        cut = stream.scenes.cut(frames, self._method.cut_share)
+        if stream.fresh:
+            return stream.fresh
+        if stream.finite is not None and not bool(stream.finite):
+            return "the last frame was not finite"
+        method = self._current(session)
+        if method.full and not self._settings.always_rewrite:
+            return "full budget"
+        return "scene cut" if cut else ""
+
+    def _current(self, session: StreamSession) -> Eventful:
+        """The method with the budget that was set at run time."""
+        keep = self._method.keep if session.keep is None else session.keep
+        threshold = self._method.threshold if session.threshold is None else session.threshold
+        return replace(self._method, keep=keep, threshold=threshold)
+
+    def _budget(self, session: StreamSession, gated: Gated) -> list[Any]:
+        """What the incremental graph takes beside frame and state."""
+        method = self._current(session)
+        assert gated.plan is not None
+        given: list[Any] = []
+        if method.keep is not None:
+            given += [passing(method, patches) + fixed for patches, fixed in gated.plan.sizes]
+        if method.threshold is not None:
+            given.append(torch.tensor(method.threshold, dtype=torch.float32))
+        return given
+
+    @staticmethod
+    def _split(gated: Gated, outputs: Any) -> tuple[Any, Sequence[Tensor]]:
+        """The original's outputs, and what the gates say."""
+        assert gated.plan is not None
+        extra = 1 + len(gated.plan.regions)
+        return tuple(outputs[:-extra]), outputs[-extra:]
+
+    # ------------------------------------------------------------ compiling
+
+    def _variant(self, signature: Signature, inputs: Sequence[Any]) -> Compiled:
+        if signature not in self._compiled:
+            with self._lock:
+                if signature not in self._compiled:
+                    self._compiled[signature] = self._compile(inputs)
+        return self._compiled[signature]
+
+    def _compile(self, inputs: Sequence[Any]) -> Compiled:
+        always = self._settings.always_rewrite
+        with torch.inference_mode(False), torch.no_grad():
+            gated = gate_graph(self._module, inputs, self._method, always=always)
+            if gated.full is not None and gated.incremental is not None:
+                full, incremental = (
+                    compile_inner(self._settings, graph.module, graph.inputs)
+                    for graph in (gated.full, gated.incremental)
+                )
+                return Compiled(gated, full, incremental)
+            warn_of_nothing(gated.report)
+            return Compiled(gated, compile_inner(self._settings, self._module, inputs), None)
+
+
+def _fits(state: Sequence[Tensor], slots: Sequence[Slot]) -> bool:
+    """Whether state, of another graph maybe, has the shapes and dtypes that a graph writes."""
+    return len(state) == len(slots) and all(
+        (tuple(x.shape), x.dtype, x.device) == (s.shape, s.dtype, s.device)
+        for x, s in zip(state, slots, strict=True)
+    )
+
+
+def _kind(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return (tuple(value.shape), value.dtype, value.device)
+    return value
+
+
+def _refuse_gradients(inputs: Sequence[Any]) -> None:
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+        raise TokenpassError(
+            "eventful gating remembers values from frame to frame and has no gradient: run the "
+            "model under torch.no_grad() or torch.inference_mode(), or freeze its parameters"
+        )
