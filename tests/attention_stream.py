@@ -22,7 +22,6 @@ def exchanging(product_bytes: int = ALWAYS, block_bytes: int = 2**24) -> Iterato
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(incremental, "pays", lambda tokens, changed: True)
         patch.setattr(running_softmax, "PRODUCT_BYTES", product_bytes)
-        patch.setattr(running_softmax, "QUERY_BLOCK", 16)
         patch.setattr(attention_rows, "BLOCK_BYTES", block_bytes)
         yield
 

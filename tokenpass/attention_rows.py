@@ -86,11 +86,9 @@ def each_head(x: Tensor, heads: int) -> Tensor:
 # ---------------------------------------------------------------- rows
 
 
-def blocks(total: int, line_bytes: int, most: int | None = None) -> Iterator[slice]:
-    """Slices of ``range(total)`` of at most ``most`` lines and :data:`BLOCK_BYTES`, or of one."""
-    step = max(1, total if most is None else most)
-    if line_bytes:
-        step = max(1, min(step, BLOCK_BYTES // line_bytes))
+def blocks(total: int, line_bytes: int) -> Iterator[slice]:
+    """Slices of ``range(total)`` of at most :data:`BLOCK_BYTES`, or of one line; all at 0 bytes."""
+    step = max(1, BLOCK_BYTES // line_bytes if line_bytes else total)
     for start in range(0, total, step):
         yield slice(start, min(start + step, total))
 

@@ -28,8 +28,8 @@ DEFAULT_KEEP = 0.36
 DEFAULT_UPDATE = 0.25
 """Share of the tokens that a gate lets through, at which real video was measured (README)."""
 
-SCENE_CUT = 0.9
-"""Share of changed cells that tells a cut from motion, measured on real video (docs/study.md)."""
+SCENE_CUT = 0.3
+"""Share of changed cells from which on a frame is computed in full (docs/study.md)."""
 
 MAX_STREAMS = 8
 """Streams whose state is kept unless more are asked for."""

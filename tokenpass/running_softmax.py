@@ -38,15 +38,11 @@ Pair = tuple[Tensor, Tensor]
 KEY_MULTIPLE = 16
 """Few keys are filled up to whole vector registers: fused, 80 keys take half the time of 78."""
 
-QUERY_BLOCK = 768
-"""Least number of queries in a block; so many are enough for the CPU's fused kernel to be at its
-best, and what it returns is still in cache when it is merged (a tenth of the time)."""
-
 PRODUCT_BYTES = 8 * 2**20
-"""Scores up to this size stay in the second-level caches between two matrix products.
+"""Scores up to this size are best exchanged by two matrix products, in between near the caches.
 
-Then these exchange keys in 0.7 of the time of fused kernels (N = 784, 10 % changed), which have
-more work around them: two outputs to merge. With 15 megabytes both take the same time.
+With 1.4 megabytes they take 0.65 of the time of fused kernels, which have two outputs to merge;
+with 7 both take the same time, with 14 they take 1.15 of it.
 """
 
 DEVICE_PRODUCT_BYTES = 2**28
@@ -90,15 +86,14 @@ def exchange(
         columns = None if bias is None else columns_of_bias(bias, changed)
         _exchange_by_products(query, old, new, counts, scale, columns, out, lse, drift)
         return
-    fill = (0, -count % KEY_MULTIPLE)
+    fill = -count % KEY_MULTIPLE
     old, new = ((_filled(k, fill), _filled(v, fill)) for k, v in (old, new))
-    mask = functional.pad(additive(counts), fill, value=-torch.inf)[:, None, None]
-    most = -(-tokens // max(1, tokens // QUERY_BLOCK))
-    for rows in blocks(tokens, line_bytes(bias, images, count), most):
+    mask = functional.pad(additive(counts), (0, fill), value=-torch.inf)[:, None, None]
+    for rows in blocks(tokens, line_bytes(bias, images, count)):
         biased = mask
         if bias is not None:
             columns = columns_of_bias(rows_of_bias(bias, rows), changed)
-            biased = mask + functional.pad(additive(columns), fill)
+            biased = mask + functional.pad(additive(columns), (0, fill))
         some = query[:, :, rows].float().contiguous()
         parts = [attention(some, k, v, biased, scale) for k, v in (old, new)]
         _merge(parts[0], parts[1], out[:, :, rows], lse[:, :, rows], drift[:, rows])
@@ -182,8 +177,11 @@ def _one_of_equal(places: Tensor, tokens: int) -> Tensor:
     return last.gather(1, places) == numbers
 
 
-def _filled(keys: Tensor, fill: tuple[int, int]) -> Tensor:
-    return functional.pad(keys, (0, 0, *fill))
+def _filled(keys: Tensor, fill: int) -> Tensor:
+    """With some more, which a mask leaves out."""
+    if fill == 0:
+        return keys
+    return torch.cat([keys, keys[:, :, :1].expand(-1, -1, fill, -1)], 2)
 
 
 def _maps(x: Tensor) -> Tensor:

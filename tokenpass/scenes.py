@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool2d
+from torch.nn.functional import adaptive_avg_pool2d
 
-CELL = 16
-"""Side of a cell in pixels: about that of a patch."""
+CELLS = 16
+"""Rows and columns of cells that a picture is divided into."""
 
-CHANGED = 0.5
-"""A cell has changed if its root mean square difference is that share of the frame's deviation."""
+CHANGED = 0.1
+"""A cell has changed if the root mean square of its difference is that share of the picture's
+standard deviation: above the noise of a camera that stands still (docs/study.md)."""
 
 
 class SceneWatch:
@@ -44,9 +45,7 @@ def _is_picture(x: Any) -> bool:
 
 
 def _changed(x: Tensor, y: Tensor) -> Tensor:
-    """Which cells of ``(..., H, W)`` changed: bool, one dimension."""
-    height, width = x.shape[-2:]
-    now, before = (z.reshape(-1, 1, height, width).float() for z in (x, y))
-    cell = (min(CELL, height), min(CELL, width))
-    moved = avg_pool2d((now - before).square(), cell)
-    return (moved > (CHANGED * now.std()) ** 2).reshape(-1)
+    """Which cells of ``(..., C, H, W)`` changed: bool, one dimension."""
+    moved = (x - y).float().square().mean(-3, keepdim=True).flatten(0, -4)
+    cells = [min(CELLS, size) for size in x.shape[-2:]]
+    return (adaptive_avg_pool2d(moved, cells) > (CHANGED * x.float().std()) ** 2).reshape(-1)
