@@ -47,5 +47,5 @@ def _is_picture(x: Any) -> bool:
 def _changed(x: Tensor, y: Tensor) -> Tensor:
     """Which cells of ``(..., C, H, W)`` changed: bool, one dimension."""
     moved = (x - y).float().square().mean(-3, keepdim=True).flatten(0, -4)
-    cells = [min(CELLS, size) for size in x.shape[-2:]]
+    cells = (min(CELLS, x.shape[-2]), min(CELLS, x.shape[-1]))
     return (adaptive_avg_pool2d(moved, cells) > (CHANGED * x.float().std()) ** 2).reshape(-1)
