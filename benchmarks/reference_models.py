@@ -47,10 +47,10 @@ def dinov2_saliency() -> saliency.Saliency:
     return saliency.build(state)
 
 
-def vit_small(depth: int = 12) -> nn.Module:
-    """ViT-S/16 at 224 x 224 with random weights."""
+def vit_small(depth: int = 12, size: int = 224) -> nn.Module:
+    """ViT-S/16 at ``size`` x ``size`` with random weights."""
     torch.manual_seed(0)
-    return create("vit_small_patch16_224", depth=depth)
+    return create("vit_small_patch16_224", depth=depth, img_size=size)
 
 
 def _weights(name: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""``make bench``: speed, compile time and memory, each in a process of its own."""
+"""``make bench``: speed, gating, compile time and memory, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.console import Console
 
 from benchmarks.environment import ROOT
 
-BENCHMARKS = ("speed", "compile_time", "memory")
+BENCHMARKS = ("speed", "gating", "compile_time", "memory")
 
 
 def main() -> None:

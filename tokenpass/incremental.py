@@ -52,15 +52,16 @@ def refreshed(tokens: int) -> int:
 def pays(tokens: int, changed: int) -> bool:
     """Whether exchanging ``changed`` of ``tokens`` keys is faster than dense fused attention.
 
-    Measured on two x86 cores (AVX-512, 6 heads of width 64, float32), milliseconds of one core:
+    Milliseconds by share of changed tokens, on an idle machine (x86 with AVX-512, two threads,
+    float32, 6 heads of width 64); the break-even is from finer measurements on one thread:
 
-    | tokens | dense | 2 % | 5 % | 10 % | 20 % | 25 % | 30 % | break-even |
-    | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
-    | 196 | 1.1 | 1.5 | 1.4 | 1.5 | 1.9 | 2.1 | 2.2 | never |
-    | 400 | 3.3 | 2.0 | 2.0 | 2.5 | 3.8 | 4.5 | 5.1 | 15 % |
-    | 784 | 14 | 4.1 | 5.2 | 8.0 | 14 | 16 | 19 | 20 % |
-    | 1764 | 79 | 13 | 26 | 36 | 62 | 77 | 92 | 25 % |
-    | 4096 | 425 | 65 | 85 | 140 | 271 | 336 | 409 | 31 % |
+    | tokens | dense | 2 % | 5 % | 10 % | 20 % | break-even |
+    | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
+    | 196 | | | | | | never |
+    | 400 | | | | | | 15 % |
+    | 784 | 7.9 | 3.1 | 3.6 | 5.2 | 8.4 | 19 % |
+    | 1764 | 39 | 8.4 | 13 | 20 | 33 | 25 % |
+    | 4096 | 217 | 44 | 59 | 90 | 153 | 31 % |
     """
     return EXCHANGE_COST * changed + refreshed(tokens) + OVERHEAD <= tokens
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.house.test_layers import ROOT
-from tokenpass.methods import CUTS, DEFAULT_KEEP, HiPrune
+from tokenpass.methods import CUTS, DEFAULT_KEEP, Eventful, HiPrune
 
 README = (ROOT / "README.md").read_text()
 DECLARE = "import tests.conftest\n"  # torchvision on a CPU build of torch
@@ -39,7 +39,7 @@ def test_commands_exist() -> None:
 
 def test_defaults_are_the_code_s() -> None:
     """Breaks if a default changes and the README does not."""
-    rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]*?) \|", README, flags=re.MULTILINE))
+    rows = options(README.split("### Video")[0])
     assert float(rows["keep"]) == DEFAULT_KEEP
     assert float(rows["alpha"]) == HiPrune().alpha
     assert rows["where"] == '`"encoder"`'
@@ -50,6 +50,24 @@ def test_defaults_are_the_code_s() -> None:
     assert not HiPrune(where="output").restores
     assert "four cuts" in rows["stages"]
     assert CUTS == 4
+
+
+def test_defaults_of_gating_are_the_code_s() -> None:
+    """Breaks if a default changes and the README does not."""
+    rows, method = options(README.split("### Video")[1]), Eventful()
+    for name in ("keep", "norm", "scene_cut", "max_streams"):
+        assert float(rows[name]) == getattr(method, name), name
+    assert rows["attention"] == f'`"{method.attention}"`'
+    assert rows["threshold"] == "none"
+    assert method.threshold is None
+    assert rows["gate_before_norm"] == rows["compat"] == "`False`"
+    assert not method.gate_before_norm
+    assert not method.compat
+
+
+def options(text: str) -> dict[str, str]:
+    """The first two cells of each row of a table of options."""
+    return dict(re.findall(r"^\| `(\w+)` \| ([^|]*?) \|", text, flags=re.MULTILINE))
 
 
 def test_links_lead_somewhere() -> None:
