@@ -17,6 +17,7 @@ from tokenpass import torch_internals as internals
 from tokenpass.blocks import Attention
 from tokenpass.capture import Captured, in_region_of
 from tokenpass.dims import Dim, Dims, is_data
+from tokenpass.errors import BrokenInvariantError
 from tokenpass.facts import Facts
 from tokenpass.graph import expression, values_of, with_arguments
 from tokenpass.layout import Layout
@@ -143,19 +144,24 @@ class _Pruner:
         computed = [v for v in self.versions.computed[node] if v != self.plan.prefix_only]
         if version == 0:
             have = max(computed)
-            return self.convert.restore(self.value(node, have), dims, have, self._last(have, dims))
+            last = self._last(node, have, dims)
+            return self.convert.restore(self.value(node, have), dims, have, last)
         have = max(v for v in (*computed, cut or 0) if v < version)
         return self.convert.take(self.value(node, have), dims, have, version)
 
-    def _last(self, have: int, dims: Dims) -> Tensor | None:
+    def _last(self, node: fx.Node, have: int, dims: Dims) -> Tensor | None:
         """The stream, with all its tokens, when those that version ``have`` lacks left it.
 
-        ``None`` for values of another kind.
+        ``None`` inside an attention, where a token that left has no weight, and where tokens are
+        merged, so that none is lost.
         """
         at = self.plan.stages[have - 1].at
-        if at is None or not _same_data(self.facts.dims(at), dims):
+        if at is not None and _same_data(self.facts.dims(at), dims):
+            return self.value(at, 0)  # type: ignore[no-any-return]
+        inside = (n for match in self.attention.values() for n in (match.softmax, match.out))
+        if self.plan.method.merges or node in inside:
             return None
-        return self.value(at, 0)  # type: ignore[no-any-return]
+        raise BrokenInvariantError(f"{node.name}: nothing says what its discarded tokens were")
 
     # ------------------------------------------------------------ computing
 
