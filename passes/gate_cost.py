@@ -17,7 +17,7 @@ from tokenpass.dims import Size, is_data
 from tokenpass.facts import Facts, multiply_adds
 from tokenpass.gating import Gating, Region, needed_nodes
 from tokenpass.graph import operands, tensor_of
-from tokenpass.incremental import pays, refreshed
+from tokenpass.incremental import computed_rows
 from tokenpass.passes.update_attention import attention_shape
 
 aten = torch.ops.aten
@@ -54,9 +54,7 @@ class Updated:
         each = heads * tokens * (value_width + (0 if self.reads_maps else width))
         if self.mode == "delta":
             return 2 * rows * each
-        changed = rows // images
-        exchanged = 3 * changed + refreshed(tokens)
-        return images * each * (exchanged if pays(tokens, changed) else tokens)
+        return images * each * computed_rows(tokens, rows // images)
 
     @property
     def dense(self) -> int:
@@ -119,21 +117,21 @@ def update_symbols(plan: Gating) -> list[sympy.Symbol]:
     return [sympy.Symbol(f"u{n}", integer=True, positive=True) for n in range(len(plan.sizes))]
 
 
-def gated_cost(facts: Facts, plan: Gating, counts: Sequence[int]) -> Size:
+def gated_cost(plan: Gating, work: Operations, counts: Sequence[int]) -> Size:
     """FLOPs of a later frame.
 
     Args:
-        facts: Of the graph.
         plan: The gates.
+        work: From :func:`operations`.
         counts: What passes, for each of ``plan.sizes``: an attention is updated or computed anew,
             whichever is faster then.
     """
     symbols = dict(zip(plan.sizes, update_symbols(plan), strict=True))
     numbers = dict(zip(plan.sizes, counts, strict=True))
-    total: Size = dense_work(facts, plan)
-    for region in plan.regions:
-        total += row_work(facts, region) * region.layout.images * symbols[region.size]
-    for item in updated_attentions(facts, plan):
+    total: Size = sympy.Integer(work.dense)
+    for region, each in zip(plan.regions, work.rows, strict=True):
+        total += each * region.layout.images * symbols[region.size]
+    for item in work.updated:
         region = plan.regions[item.gate]
         images, count, symbol = region.layout.images, numbers[region.size], symbols[region.size]
         now, next_ = item.work(images * count), item.work(images * (count + 1))
@@ -176,12 +174,8 @@ def operations(facts: Facts, plan: Gating) -> Operations:
         ],
         dense=int(dense_work(facts, plan)),
         products=int(dense_work(facts, plan, products=True)),
-        updated=updated_attentions(facts, plan),
+        updated=[
+            Updated(item.region, attention_shape(facts, item.attention), item.mode, item.reads_maps)
+            for item in plan.attentions
+        ],
     )
-
-
-def updated_attentions(facts: Facts, plan: Gating) -> list[Updated]:
-    return [
-        Updated(item.region, attention_shape(facts, item.attention), item.mode, item.reads_maps)
-        for item in plan.attentions
-    ]

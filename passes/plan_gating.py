@@ -9,7 +9,7 @@ from torch import fx
 
 from tokenpass.blocks import Attention, Block, Found, Mlp, NoMatch
 from tokenpass.facts import Facts, multiply_adds
-from tokenpass.gating import GatedAttention, Gating, Region
+from tokenpass.gating import GatedAttention, Gating, Region, gateable
 from tokenpass.graph import ancestors, tensor_of
 from tokenpass.grid import AnyTokens
 from tokenpass.methods import Eventful
@@ -63,7 +63,7 @@ def plan_gating(
         method=method,
         regions=regions,
         attentions=updated,
-        blocks=[b for b in blocks if isinstance(b, Block) and _gated(b, gated)],
+        blocks=[b for b in blocks if isinstance(b, Block) and not gated.isdisjoint(gateable(b))],
         mlps=mlps,
         misses=[*misses, *(b for b in blocks if isinstance(b, NoMatch))],
     )
@@ -79,13 +79,6 @@ def _pays(facts: Facts, region: Region) -> bool:
 
 def _elements(nodes: Iterable[fx.Node]) -> int:
     return sum(int(tensor_of(node).numel()) for node in nodes)
-
-
-def _gated(match: Block, gated: set[fx.Node]) -> bool:
-    """Whether some linear layer of a block, or what its attention reads, is behind a gate."""
-    linears = {linear for item in match.mlps for linear in item.linears}
-    reads = {node for item in match.attentions for node in (item.query, item.key, item.value)}
-    return not gated.isdisjoint(linears | reads)
 
 
 # ---------------------------------------------------------------- attention

@@ -11,7 +11,7 @@ from torch import fx
 from tokenpass import torch_internals as internals
 from tokenpass.blocks import NoMatch
 from tokenpass.errors import OptionError
-from tokenpass.gating import Gating
+from tokenpass.gating import Gating, gateable
 from tokenpass.methods import Eventful
 from tokenpass.passes.check import check_gated
 from tokenpass.passes.gate import Traced, gate, state_of
@@ -58,7 +58,8 @@ def plan_gates(analysis: Analysis, method: Eventful, *, always: bool) -> Gated:
     if isinstance(plan, NoMatch):
         return Gated(refused(report, refusal_of(plan)))
     counts = [passing(method, patches) + fixed for patches, fixed in plan.sizes]
-    cost = gated_cost(facts, plan, counts)
+    work = operations(facts, plan)
+    cost = gated_cost(plan, work, counts)
     return Gated(
         replace(
             report,
@@ -70,7 +71,7 @@ def plan_gates(analysis: Analysis, method: Eventful, *, always: bool) -> Gated:
             flops=int(cost.subs(dict(zip(update_symbols(plan), counts, strict=True)))),
         ),
         plan,
-        operations=operations(facts, plan),
+        operations=work,
     )
 
 
@@ -87,8 +88,7 @@ def _block_reports(plan: Gating) -> list[BlockReport]:
     rows: list[BlockReport] = []
     region_of = {node: region for region in plan.regions for node in region.nodes}
     for block in plan.blocks:
-        nodes = [block.attention.query, *(linear for mlp in block.mlps for linear in mlp.linears)]
-        region = next(region_of[node] for node in nodes if node in region_of)
+        region = next(region_of[node] for node in gateable(block) if node in region_of)
         updated = passing(plan.method, region.patches)
         rows.append(BlockReport(block, region.patches, region.patches, updated))
     return rows

@@ -88,6 +88,12 @@ class Gating:
         return tuple(dict.fromkeys(region.size for region in self.regions))
 
 
+def gateable(block: Block) -> list[fx.Node]:
+    """What a gate can be in front of in a block: what its attention reads, and linear layers."""
+    reads = [n for match in block.attentions for n in (match.query, match.key, match.value)]
+    return [*reads, *(linear for mlp in block.mlps for linear in mlp.linears)]
+
+
 def needed_nodes(graph: fx.Graph, plan: Gating) -> set[fx.Node]:
     """What the incremental graph has to compute, in terms of the original's nodes."""
     reads: dict[fx.Node, list[fx.Node]] = {}

@@ -66,6 +66,11 @@ def pays(tokens: int, changed: int) -> bool:
     return EXCHANGE_COST * changed + refreshed(tokens) + OVERHEAD <= tokens
 
 
+def computed_rows(tokens: int, changed: int) -> int:
+    """Work of an update, in rows of dense attention; rows beyond the limit are not foreseen."""
+    return 3 * changed + refreshed(tokens) if pays(tokens, changed) else tokens
+
+
 @torch.library.custom_op("tokenpass::full_attention", mutates_args=("out", "lse", "drift"))
 def full_attention(
     query: Tensor,
@@ -243,10 +248,6 @@ def _update_flops(
     *args: object,
     **kwargs: object,
 ) -> int:
-    """Rows beyond the limit of drift are not foreseen."""
     images, heads, tokens, width = query
-    changed = old_key[2]
-    pairs = tokens
-    if pays(tokens, changed):
-        pairs = 3 * changed + refreshed(tokens)
-    return 2 * images * heads * tokens * pairs * (width + value[3])
+    rows = computed_rows(tokens, old_key[2])
+    return 2 * images * heads * tokens * rows * (width + value[3])

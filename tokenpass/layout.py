@@ -142,15 +142,9 @@ class Layout:
     def heads(self, x: Tensor, dims: Dims, channel: int) -> Tensor:
         """Queries or keys as ``(B, h, N, d)``."""
         y, units = self.split(x, dims)
-        flat = [unit for group in units for unit in group]
-        first = sum(len(group) for group in units[:channel])
-        channels = list(range(first, first + len(units[channel])))
-        (tokens,) = (p for p, unit in enumerate(flat) if unit.holds_grid)
-        images = self._batch_places(flat)
-        others = [p for p in range(len(flat)) if p not in (*images, tokens, *channels)]
-        front = y.permute([*images, *others, tokens, *channels])
+        order, a, b = self._head_order(units, channel)
+        front = y.permute(order)
         shape = front.shape
-        a, b = len(images), len(images) + len(others)
         return front.reshape(
             _product(shape[:a]), _product(shape[a:b]), shape[b], _product(shape[b + 1 :])
         )
@@ -159,14 +153,21 @@ class Layout:
         """``(B, h, N, d)`` in dimensions ``dims``: the inverse of :meth:`heads`."""
         units = [self.grid.units(dim) for dim in dims]
         flat = [unit for group in units for unit in group]
+        order, _, _ = self._head_order(units, channel)
+        y = heads.reshape([self.extent(size_of(flat[place].dim)) for place in order])
+        return self._join(y.permute([order.index(p) for p in range(len(flat))]), units)
+
+    def _head_order(
+        self, units: Sequence[Sequence[Unit]], channel: int
+    ) -> tuple[list[int], int, int]:
+        """Places of images, heads, tokens and channels, and where heads and tokens begin."""
+        flat = [unit for group in units for unit in group]
         first = sum(len(group) for group in units[:channel])
         channels = list(range(first, first + len(units[channel])))
         (tokens,) = (p for p, unit in enumerate(flat) if unit.holds_grid)
         images = self._batch_places(flat)
         others = [p for p in range(len(flat)) if p not in (*images, tokens, *channels)]
-        order = [*images, *others, tokens, *channels]
-        y = heads.reshape([self.extent(size_of(flat[place].dim)) for place in order])
-        return self._join(y.permute([order.index(p) for p in range(len(flat))]), units)
+        return [*images, *others, tokens, *channels], len(images), len(images) + len(others)
 
     def rows(self, x: Tensor, dims: Dims) -> Tensor:
         """The stream as ``(B, N, C)``."""

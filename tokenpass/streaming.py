@@ -10,6 +10,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ class Frame:
     passed: Sequence[Tensor] = ()
     why: str = ""
 
-    @property
+    @cached_property
     def selected(self) -> list[Tensor]:
         """For each gate the tokens that passed, ``(B, N)``, bool."""
         plan = self.gated.plan
@@ -239,10 +240,11 @@ class GatedGraph:
 
     def _stream(self, session: StreamSession) -> Stream:
         name = _stream.get({}).get(id(self.backend), DEFAULT_STREAM)
-        for sibling in self._siblings(session):
-            if name in sibling.streams:
-                session.streams[name] = sibling.streams.pop(name)
         with self._lock:
+            if name not in session.streams:
+                for sibling in self._siblings(session):
+                    if name in sibling.streams:
+                        session.streams[name] = sibling.streams.pop(name)
             stream = session.streams.setdefault(name, Stream())
             session.streams.move_to_end(name)
             while len(session.streams) > self._method.max_streams:
