@@ -19,10 +19,9 @@ from torch._subclasses import FakeTensorMode
 from tokenpass import torch_internals as internals
 from tokenpass.capture import Captured
 from tokenpass.facts import Facts
-from tokenpass.gating import Gating
+from tokenpass.gating import Gating, budget
 from tokenpass.passes.gate_runs import FullRun, IncrementalRun
 from tokenpass.passes.update_attention import AttentionUpdates
-from tokenpass.selection import token_budget
 from tokenpass.state import Slot, StateTable
 
 
@@ -41,8 +40,8 @@ def gate(
     """The full or the incremental graph of ``plan``.
 
     Inputs of both: those of the original, then the tensors of :func:`state_of`. The incremental
-    one takes between them the number of tokens that pass, for each of ``plan.sizes`` (if the method
-    has a budget), and the threshold (if it has one). Outputs: those of the original; the
+    one takes between them the numbers of :func:`~tokenpass.gating.budget` and the threshold (if the
+    method has one). Outputs: those of the original; the
     incremental one adds a tensor that says whether all changes were finite and, for each gate, what
     it let through: positions ``(B, U)``, or a mask ``(B, N)`` if there is a threshold.
     """
@@ -84,11 +83,10 @@ def state_of(facts: Facts, plan: Gating) -> list[Slot]:
 
 def _budget_inputs(plan: Gating, mode: FakeTensorMode) -> list[Any]:
     """Fakes of what the incremental graph takes beside inputs and state."""
-    extra: list[Any] = []
-    if plan.method.keep is not None:
-        for number, (patches, fixed) in enumerate(plan.sizes):
-            hint = token_budget(plan.method.keep, patches) + fixed
-            extra.append(internals.symbolic_count(mode, hint, f"count_{number}"))
+    numbers = budget(plan, plan.method)
+    extra: list[Any] = [
+        internals.symbolic_count(mode, hint, f"count_{place}") for place, hint in enumerate(numbers)
+    ]
     if plan.method.threshold is not None:
         with mode:
             extra.append(torch.empty((), dtype=torch.float32))

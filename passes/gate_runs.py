@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ class GateRun:
         self.plan = plan
         self.state = state
         self.updates = AttentionUpdates(facts, plan, state)
+        self.attention_of = {item.attention.out: item for item in plan.attentions}
         self.env: dict[fx.Node, Any] = {}
 
     def run(self, inputs: Sequence[Any]) -> Any:
@@ -71,6 +72,16 @@ class GateRun:
         outputs = fx.map_arg(output.args[0], produce)
         return tuple(outputs) if isinstance(outputs, (tuple, list)) else (outputs,)
 
+    def names_of_state(self, buffers: Iterable[fx.Node]) -> frozenset[fx.Node]:
+        """Values that may share memory with the state: ``buffers``, attentions, views of them."""
+        found = {*buffers, *self.attention_of}
+        for node in self.module.graph.nodes:
+            if any(source in found for source in operands(node)) and node not in found:
+                returns = getattr(getattr(node.target, "_schema", None), "returns", ())
+                if any(item.alias_info is not None for item in returns):
+                    found.add(node)
+        return frozenset(found)
+
     def rows(self, region: Region, node: fx.Node) -> Tensor:
         return region.layout.rows(self.env[node], self.facts.dims(node))
 
@@ -79,17 +90,20 @@ class FullRun(GateRun):
     """Computes everything, and writes down what the gates have to remember."""
 
     def visit(self, node: fx.Node) -> None:
+        item = self.attention_of.get(node)
+        if item is not None and item.mode == "exact":
+            self.env[node] = self.updates.compute(item, self.env)
+            return
         self.env[node] = self.compute(node)
-        for item in self.plan.attentions:
-            if item.attention.out is node:
-                self.updates.record(item, self.env)
+        if item is not None:
+            self.updates.record(item, self.env)
 
     def finish(self, output: fx.Node) -> Any:
         for number, region in enumerate(self.plan.regions):
             for kind, nodes in (("reference", region.inputs), ("buffer", region.outputs)):
                 for place, node in enumerate(nodes):
                     self.state[number, kind, place].copy_(self.rows(region, node))
-        return self.outputs(output, frozenset())
+        return self.outputs(output, self.names_of_state(()))
 
 
 class IncrementalRun(GateRun):
@@ -104,12 +118,13 @@ class IncrementalRun(GateRun):
         budget: Sequence[Any],
     ) -> None:
         super().__init__(captured, facts, plan, state)
-        given = list(budget)
+        given = iter(budget)
         counted = plan.method.keep is not None
-        self.counts = dict(zip(plan.sizes, given, strict=False)) if counted else {}
-        self.threshold = given[-1] if plan.method.threshold is not None else None
+        self.counts = {size: next(given) for size in plan.sizes} if counted else {}
+        fixed = counted and plan.method.threshold is None
+        self.exchanges = {size: next(given) for size in plan.exchanging} if fixed else {}
+        self.threshold = next(given, None)
         self.region_of = {node: n for n, r in enumerate(plan.regions) for node in r.nodes}
-        self.update_of = {item.attention.out: item for item in plan.attentions}
         self.needed = needed_nodes(self.module.graph, plan)
         self.passed: dict[int, Tensor] = {}
         self.finite: list[Tensor] = []
@@ -121,13 +136,14 @@ class IncrementalRun(GateRun):
             number = self.region_of[node]
             if number not in self.passed:
                 self._gate(number)
-        elif node in self.update_of:
-            self.env[node] = self.updates.update(self.update_of[node], self.env)
+        elif node in self.attention_of:
+            self.env[node] = self.updates.update(self.attention_of[node], self.env)
         else:
             self.env[node] = self.compute(node)
 
     def finish(self, output: fx.Node) -> Any:
-        outputs = self.outputs(output, _names_of_state(self.module.graph, self.plan))
+        buffers = [node for region in self.plan.regions for node in region.outputs]
+        outputs = self.outputs(output, self.names_of_state(buffers))
         finite = torch.stack(self.finite).all()
         return (*outputs, finite, *(self.passed[n] for n in range(len(self.plan.regions))))
 
@@ -151,7 +167,7 @@ class IncrementalRun(GateRun):
             taken = [torch.where(chosen, x, y) for x, y in zip(taken, last, strict=True)]
         for reference, x in zip(before, taken, strict=True):
             reference.index_copy_(0, rows, x)
-        self.updates.remember(number, positions, valid)
+        self.updates.remember(number, positions, valid, self.exchanges.get(region.size))
         local = {
             node: layout.some(x, self.facts.dims(node))
             for node, x in zip(region.inputs, taken, strict=True)
@@ -219,14 +235,3 @@ class IncrementalRun(GateRun):
             sizes = layout.sizes(literal.dims, count)
             changes[literal.argument] = sum(sizes) + int(literal.offset) if literal.total else sizes
         return self.call(node, *with_arguments(node, args, kwargs, changes))
-
-
-def _names_of_state(graph: fx.Graph, plan: Gating) -> frozenset[fx.Node]:
-    """Values that may share memory with the state: outputs of regions, and views of them."""
-    found = {node for region in plan.regions for node in region.outputs}
-    for node in graph.nodes:
-        if any(source in found for source in operands(node)) and node not in found:
-            returns = getattr(getattr(node.target, "_schema", None), "returns", ())
-            if any(item.alias_info is not None for item in returns):
-                found.add(node)
-    return frozenset(found)

@@ -9,13 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from tokenpass.attention_rows import put_, take
 from tokenpass.blocks import Attention
 from tokenpass.facts import Facts
+from tokenpass.gates import Count
 from tokenpass.gating import GatedAttention, Gating
 from tokenpass.graph import operands
 from tokenpass.grid import Grid
-from tokenpass.incremental import full_attention, update_attention
+from tokenpass.incremental import full_attention, traced_exchange_count, update_attention
 from tokenpass.layout import Layout, batch_factors
+from tokenpass.running_softmax import Running
 from tokenpass.state import Slot, StateTable
 
 Env = Mapping[fx.Node, Any]
@@ -30,6 +33,7 @@ class AttentionUpdates:
         self._state = state
         self._changed: dict[int, Tensor] = {}
         self._valid: dict[int, Tensor | None] = {}
+        self._exchanged: dict[int, Count | None] = {}
         self._old: dict[fx.Node, Tensor] = {}
 
     @staticmethod
@@ -41,8 +45,10 @@ class AttentionUpdates:
         images, heads, tokens, _, width = attention_shape(facts, item.attention)
         rows, maps = (images, heads, tokens), (images, heads, tokens, tokens)
         dtype = torch.float32 if item.mode == "exact" else value.dtype
+        # As what follows wants it, the heads of a token lie together.
+        joint = (images, tokens, heads, width)
         shapes = (
-            {"out": (*rows, width), "lse": rows, "drift": (images, tokens)}
+            {"out": joint, "lse": rows, "drift": (images, tokens)}
             if item.mode == "exact"
             else {"maps": maps, "values": (*rows, width), "out": (*rows, width)}
         )
@@ -55,15 +61,18 @@ class AttentionUpdates:
 
     # ------------------------------------------------------------ full frames
 
+    def compute(self, item: GatedAttention, env: Env) -> Tensor:
+        """The attention of all tokens, which is what is remembered."""
+        match = item.attention
+        state = self._running(item)
+        full_attention(*self._heads(match, env), match.scale, self._bias(match, env), *state)
+        return self._result(item, state.out)
+
     def record(self, item: GatedAttention, env: Env) -> None:
-        """Remember an attention that was computed in full."""
+        """Remember an attention that was computed as it was traced."""
         match = item.attention
         query, key, value = self._heads(match, env)
         out, bias = self._slot(item, "out"), self._bias(match, env)
-        if item.mode == "exact":
-            lse, drift = self._slot(item, "lse"), self._slot(item, "drift")
-            full_attention(query, key, value, match.scale, bias, out, lse, drift)
-            return
         if item.reads_maps:
             maps = self._traced_maps(match, env)
         else:
@@ -76,19 +85,26 @@ class AttentionUpdates:
 
     # ------------------------------------------------------------ later frames
 
-    def remember(self, region: int, changed: Tensor, valid: Tensor | None) -> None:
+    def remember(
+        self, region: int, changed: Tensor, valid: Tensor | None, exchanged: Count | None
+    ) -> None:
         """Keep the keys and values of the tokens that a gate is about to overwrite.
 
         Args:
             region: Number of the gate.
             changed: Positions of what passes, ``(B, U)``.
             valid: Which of them do; the others are fillers. ``None`` if all do.
+            exchanged: See :func:`~tokenpass.incremental.exchange_count`; ``None`` if it depends on
+                what passes.
         """
         self._changed[region] = changed
         self._valid[region] = valid
-        for item in self._plan.attentions:
-            if item.region != region or item.mode != "exact":
-                continue
+        exact = [a for a in self._plan.attentions if a.region == region and a.mode == "exact"]
+        if exact and exchanged is None:
+            tokens = self._plan.regions[region].layout.count
+            exchanged = traced_exchange_count(tokens, changed.shape[1])
+        self._exchanged[region] = exchanged
+        for item in exact:
             for node in (item.attention.key, item.attention.value):
                 place = self._plan.regions[region].outputs.index(node)
                 dims = self._facts.dims(node)
@@ -96,32 +112,29 @@ class AttentionUpdates:
                 full = self._plan.regions[region].layout.full(rows, dims)
                 channel = _channel(item.attention, node, len(dims))
                 heads = _layout(self._facts, item.attention).heads(full, dims, channel)
-                self._old[node] = taken(heads, changed)
+                self._old[node] = take(heads, changed)
 
     def update(self, item: GatedAttention, env: Env) -> Tensor:
         """The attention's output after its tokens in :meth:`remember` changed."""
         match = item.attention
         query, key, value = self._heads(match, env)
         changed, bias = self._changed[item.region], self._bias(match, env)
-        out = self._slot(item, "out")
-        if item.mode == "exact":
-            result = update_attention(
-                query,
-                key,
-                value,
-                self._old[match.key],
-                self._old[match.value],
-                changed,
-                match.scale,
-                bias,
-                out,
-                self._slot(item, "lse"),
-                self._slot(item, "drift"),
-            )
-        else:
-            result = self._delta(item, query, key, value, changed, bias, env)
-        dims = self._facts.dims(match.out)
-        return _layout(self._facts, match).from_heads(result, dims, len(dims) - 1)
+        if item.mode == "delta":
+            return self._result(item, self._delta(item, query, key, value, changed, bias, env))
+        state = self._running(item)
+        update_attention(
+            query,
+            key,
+            value,
+            self._old[match.key],
+            self._old[match.value],
+            changed,
+            match.scale,
+            bias,
+            *state,
+            self._exchanged[item.region],
+        )
+        return self._result(item, state.out)
 
     def _delta(
         self,
@@ -139,23 +152,33 @@ class AttentionUpdates:
             now = self._traced_maps(item.attention, env)
         else:
             scores, scaled = self._slot(item, "scores"), query * item.attention.scale
-            put_rows(scores, changed, taken(scaled, changed) @ key.transpose(-1, -2), 2)
-            put_rows(scores, changed, scaled @ taken(key, changed).transpose(-1, -2), 3)
+            put_(scores, changed, take(scaled, changed) @ key.transpose(-1, -2))
+            put_(scores, changed, scaled @ take(key, changed).transpose(-1, -2), 3)
             now = _probabilities(scores, bias)
-        columns, before = taken(now, changed, 3), taken(maps, changed, 3)
+        columns, before = take(now, changed, 3), take(maps, changed, 3)
         valid = self._valid[item.region]
         if valid is not None:
             columns = torch.where(valid[:, None, None], columns, before)
-        new = taken(value, changed)
-        moved_values = new - taken(values, changed)
+        new = take(value, changed)
+        moved_values = new - take(values, changed)
         moved_maps = columns - before
         out.add_(columns @ moved_values)
         out.add_(moved_maps @ (new - moved_values))
-        put_rows(values, changed, new, 2)
-        put_rows(maps, changed, columns, 3)
+        put_(values, changed, new)
+        put_(maps, changed, columns, 3)
         return out.clone()
 
     # ------------------------------------------------------------ tensors
+
+    def _result(self, item: GatedAttention, heads: Tensor) -> Tensor:
+        """What the model reads, from ``(B, h, N, dv)``."""
+        node = item.attention.out
+        dims, dtype = self._facts.dims(node), node.meta["val"].dtype
+        return _layout(self._facts, item.attention).from_heads(heads.to(dtype), dims, len(dims) - 1)
+
+    def _running(self, item: GatedAttention) -> Running:
+        out, lse, drift = (self._slot(item, kind) for kind in ("out", "lse", "drift"))
+        return Running(out.transpose(1, 2), lse, drift)
 
     def _slot(self, item: GatedAttention, kind: str) -> Tensor:
         return self._state["attention", self._plan.attentions.index(item), kind]
@@ -191,28 +214,6 @@ class AttentionUpdates:
 
 def _probabilities(scores: Tensor, bias: Tensor | None) -> Tensor:
     return (scores if bias is None else scores + bias).softmax(-1)
-
-
-def taken(x: Tensor, positions: Tensor, dim: int = 2) -> Tensor:
-    """Each image's own positions ``(B, U)`` along a dimension of ``(B, h, ., .)``."""
-    if positions.shape[0] == 1:
-        return x.index_select(dim, positions.reshape(-1))
-    return x.gather(dim, _spread(x, positions, dim))
-
-
-def put_rows(x: Tensor, positions: Tensor, new: Tensor, dim: int) -> None:
-    """Write ``new`` to each image's own positions ``(B, U)`` along a dimension of ``x``."""
-    if positions.shape[0] == 1:
-        x.index_copy_(dim, positions.reshape(-1), new)
-    else:
-        x.scatter_(dim, _spread(x, positions, dim), new)
-
-
-def _spread(x: Tensor, positions: Tensor, dim: int) -> Tensor:
-    shape = list(x.shape)
-    shape[dim] = positions.shape[1]
-    lead = [positions.shape[0], *(positions.shape[1] if d == dim else 1 for d in range(1, x.dim()))]
-    return positions.reshape(lead).expand(shape)
 
 
 def _layout(facts: Facts, match: Attention) -> Layout:

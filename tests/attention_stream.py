@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -12,16 +13,14 @@ from torch import Tensor
 from tokenpass import attention_rows, incremental, running_softmax
 from tokenpass.incremental import full_attention, update_attention
 
-NEVER, ALWAYS = 0, 2**40
-"""Sizes up to which scores are exchanged by products of matrices."""
-
 
 @contextmanager
-def exchanging(product_bytes: int = ALWAYS, block_bytes: int = 2**24) -> Iterator[None]:
+def exchanging(in_blocks: bool = False, block_bytes: int = 2**24) -> Iterator[None]:
     """Updates however few tokens there are, in one of the two ways."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(incremental, "pays", lambda tokens, changed: True)
-        patch.setattr(running_softmax, "PRODUCT_BYTES", product_bytes)
+        patch.setattr(incremental, "SCORE_BYTES", 0 if in_blocks else 2**40)
+        patch.setattr(running_softmax, "BLOCK_BYTES", block_bytes)
         patch.setattr(attention_rows, "BLOCK_BYTES", block_bytes)
         yield
 
@@ -73,11 +72,17 @@ class Stream:
             for x, count in zip(joint, (heads, groups, groups), strict=True)
         )
         self.query *= spread
+        nans = partial(torch.full, fill_value=torch.nan, device=device)
         self.state = (
-            torch.full((images, heads, tokens, value_width), torch.nan, device=device),
-            torch.full((images, heads, tokens), torch.nan, device=device),
-            torch.full((images, tokens), torch.nan, device=device),
+            nans((images, tokens, heads, value_width)).transpose(1, 2),
+            nans((images, heads, tokens)),
+            nans((images, tokens)),
         )
+
+    @property
+    def output(self) -> Tensor:
+        """The attention in the dtype of the model."""
+        return self.state[0].to(self.value.dtype, copy=True)
 
     @property
     def drift(self) -> Tensor:
@@ -85,13 +90,13 @@ class Stream:
 
     def full(self) -> Tensor:
         inputs = (self.query, self.key, self.value, self.scale, self.bias)
-        found: Tensor = full_attention(*inputs, *self.state)
-        return found
+        full_attention(*inputs, *self.state)
+        return self.output
 
     def some(self, count: int) -> Tensor:
-        """Positions of which some may be equal."""
+        """Positions of tokens, others in each image."""
         images, _, tokens, _ = self.query.shape
-        return torch.randint(tokens, (images, count), device=self.query.device)
+        return torch.rand(images, tokens, device=self.query.device).argsort(1)[:, :count]
 
     def put(self, changed: Tensor, *rows: Tensor) -> tuple[Tensor, Tensor]:
         """Write new queries, keys and values ``(B, h, U, d)``; returns old keys and values."""
@@ -109,8 +114,8 @@ class Stream:
             rows = (rows[0] * self.spread, *rows[1:])
         old = self.put(changed, *rows)
         inputs = (self.query, self.key, self.value, *old, changed, self.scale, self.bias)
-        found: Tensor = update_attention(*inputs, *self.state)
-        return found
+        update_attention(*inputs, *self.state)
+        return self.output
 
     def error(self, found: Tensor) -> float:
         return error(found, dense(self.query, self.key, self.value, self.scale, self.bias))

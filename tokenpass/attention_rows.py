@@ -36,12 +36,12 @@ def compute(
     key, value = (each_head(x, heads) for x in (key, value))
     as_it_is = rows is None and bias is not None and bias.dtype == torch.float32
     line = 0 if as_it_is else line_bytes(bias, images, key.shape[2])
-    for part in blocks(tokens if rows is None else rows.shape[1], line):
+    for part in blocks(tokens if rows is None else rows.shape[1], line, BLOCK_BYTES):
         places = part if rows is None else rows[:, part]
         mask = None if bias is None else additive(rows_of_bias(bias, places))
         some, sums = attention(take(query, places).float(), key, value, mask, scale)
-        _write(out, places, some)
-        _write(lse[..., None], places, sums[..., None])
+        put_(out, places, some)
+        put_(lse[..., None], places, sums[..., None])
 
 
 # ---------------------------------------------------------------- attention
@@ -61,14 +61,26 @@ def _composed_attention(
     """What no fused operator takes, in blocks of queries."""
     out = value.new_empty((*query.shape[:3], value.shape[3]))
     lse = query.new_empty(query.shape[:3])
-    for rows in blocks(query.shape[2], 4 * query.shape[:2].numel() * key.shape[2]):
-        scores = (query[:, :, rows] * scale) @ key.mT
-        if mask is not None:
-            scores += rows_of_bias(mask, rows)
-        sums = scores.logsumexp(-1)
-        lse[:, :, rows] = sums
-        out[:, :, rows] = scores.sub_(finite(sums)[..., None]).exp_() @ value
+    line = 4 * query.shape[:2].numel() * key.shape[2]
+    for rows in blocks(query.shape[2], line, BLOCK_BYTES):
+        some = None if mask is None else rows_of_bias(mask, rows)
+        found = attention_by_products(query[:, :, rows], key, value, some, scale)
+        out[:, :, rows], lse[:, :, rows] = found
     return out, lse
+
+
+def attention_by_products(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The same of a few queries with all their scores in memory: two products of matrices."""
+    scores = (query @ key.mT) * scale
+    if mask is not None:
+        scores = scores + mask
+    largest = finite(scores.amax(3))
+    weights = (scores - largest[..., None]).exp()
+    sums = weights.sum(3)
+    inverse = sums.reciprocal().masked_fill(sums == 0, 0.0)  # sees no key
+    return (weights @ value) * inverse[..., None], sums.log() + largest
 
 
 def finite(lse: Tensor) -> Tensor:
@@ -86,30 +98,44 @@ def each_head(x: Tensor, heads: int) -> Tensor:
 # ---------------------------------------------------------------- rows
 
 
-def blocks(total: int, line_bytes: int) -> Iterator[slice]:
-    """Slices of ``range(total)`` of at most :data:`BLOCK_BYTES`, or of one line; all at 0 bytes."""
-    step = max(1, BLOCK_BYTES // line_bytes if line_bytes else total)
+def blocks(total: int, line_bytes: int, most: int) -> Iterator[slice]:
+    """Slices of ``range(total)`` of ``most`` bytes, or of one line; all at once if it has none."""
+    step = max(1, most // line_bytes if line_bytes else total)
     for start in range(0, total, step):
         yield slice(start, min(start + step, total))
 
 
-def take(x: Tensor, places: Places) -> Tensor:
-    """The positions of ``(B, h, N, d)`` at ``places``."""
+def take(x: Tensor, places: Places, dim: int = 2) -> Tensor:
+    """The positions ``places`` along a dimension of a tensor of four."""
     if isinstance(places, slice):
-        return x[:, :, places]
+        return x.narrow(dim, places.start, places.stop - places.start)
     if places.shape[0] == 1:
-        return x.index_select(2, places[0])
-    return x.gather(2, places[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+        return x.index_select(dim, places[0])
+    return x.gather(dim, _spread(places, x, dim))
 
 
-def _write(state: Tensor, places: Places, rows: Tensor) -> None:
-    """Put back what :func:`take` takes."""
+def put(x: Tensor, places: Tensor, new: Tensor, dim: int = 2) -> Tensor:
+    """``x`` with other values in what :func:`take` takes."""
+    if places.shape[0] == 1:
+        return x.index_copy(dim, places[0], new)
+    return x.scatter(dim, _spread(places, x, dim), new)
+
+
+def put_(x: Tensor, places: Places, new: Tensor, dim: int = 2) -> None:
+    """The same in place."""
     if isinstance(places, slice):
-        state[:, :, places] = rows
+        x.narrow(dim, places.start, places.stop - places.start).copy_(new)
     elif places.shape[0] == 1:
-        state.index_copy_(2, places[0], rows)
+        x.index_copy_(dim, places[0], new)
     else:
-        state.scatter_(2, places[:, None, :, None].expand_as(rows), rows)
+        x.scatter_(dim, _spread(places, x, dim), new)
+
+
+def _spread(places: Tensor, x: Tensor, dim: int) -> Tensor:
+    """Positions ``(B, R)`` along a dimension of ``x``, for all of its other dimensions."""
+    shape = [places.shape[1] if d == dim else size for d, size in enumerate(x.shape)]
+    lead = [places.shape[0], *(places.shape[1] if d == dim else 1 for d in range(1, x.dim()))]
+    return places.reshape(lead).expand(shape)
 
 
 # ---------------------------------------------------------------- bias
@@ -133,11 +159,7 @@ def rows_of_bias(bias: Tensor, places: Places) -> Tensor:
 def columns_of_bias(bias: Tensor, places: Tensor) -> Tensor:
     if bias.shape[3] == 1:
         return bias.expand(-1, -1, -1, places.shape[1])
-    if places.shape[0] == 1:
-        return bias.index_select(3, places[0])
-    return bias.expand(places.shape[0], -1, -1, -1).gather(
-        3, places[:, None, None].expand(-1, *bias.shape[1:3], -1)
-    )
+    return take(bias.expand(places.shape[0], -1, -1, -1), places, 3)
 
 
 def additive(mask: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import fx
 from tokenpass import torch_internals as internals
 from tokenpass.blocks import NoMatch
 from tokenpass.errors import OptionError
-from tokenpass.gating import Gating, gateable
+from tokenpass.gating import Gating, gateable, passing
 from tokenpass.methods import Eventful
 from tokenpass.passes.check import check_gated
 from tokenpass.passes.gate import Traced, gate, state_of
@@ -19,7 +19,6 @@ from tokenpass.passes.gate_cost import Operations, gated_cost, operations, updat
 from tokenpass.passes.plan_gating import plan_gating
 from tokenpass.pipeline import Analysis, analyse, base_report, failed, refusal_of, refused
 from tokenpass.report import BlockReport, GraphReport
-from tokenpass.selection import token_budget
 from tokenpass.state import Slot
 
 
@@ -73,15 +72,6 @@ def plan_gates(analysis: Analysis, method: Eventful, *, always: bool) -> Gated:
         plan,
         operations=work,
     )
-
-
-def passing(method: Eventful, patches: int) -> int:
-    """How many of an image's patch tokens a gate lets through; all of them without a budget."""
-    if method.keep is None:
-        return patches
-    if method.compat and isinstance(method.keep, float):
-        return max(1, int(method.keep * patches))
-    return token_budget(method.keep, patches)
 
 
 def _block_reports(plan: Gating) -> list[BlockReport]:

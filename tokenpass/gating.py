@@ -9,8 +9,10 @@ from torch import fx
 
 from tokenpass.blocks import Attention, Block, Mlp, NoMatch
 from tokenpass.graph import operands
+from tokenpass.incremental import exchange_count
 from tokenpass.methods import Eventful
 from tokenpass.rows import RowLayout
+from tokenpass.selection import token_budget
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,36 @@ class Gating:
     def sizes(self) -> tuple[tuple[int, int], ...]:
         """Patch and fixed tokens of the gates, each pair once: a count is passed for each."""
         return tuple(dict.fromkeys(region.size for region in self.regions))
+
+    @property
+    def exchanging(self) -> tuple[tuple[int, int], ...]:
+        """Those of ``sizes`` whose gates feed attentions that exchange keys."""
+        exact = (item.region for item in self.attentions if item.mode == "exact")
+        return tuple(dict.fromkeys(self.regions[number].size for number in exact))
+
+
+def passing(method: Eventful, patches: int) -> int:
+    """How many of an image's patch tokens a gate lets through; all of them without a budget."""
+    if method.keep is None:
+        return patches
+    if method.compat and isinstance(method.keep, float):
+        return max(1, int(method.keep * patches))
+    return token_budget(method.keep, patches)
+
+
+def budget(plan: Gating, method: Eventful) -> list[int]:
+    """The numbers that an incremental graph takes: ``plan``'s for a budget that may have changed.
+
+    For each of ``plan.sizes`` what passes, then for each of ``plan.exchanging`` how many keys are
+    exchanged; nothing where these depend on the frame.
+    """
+    if method.keep is None:
+        return []
+    counts = {(patches, fixed): passing(method, patches) + fixed for patches, fixed in plan.sizes}
+    given = [*counts.values()]
+    if method.threshold is None:
+        given += [exchange_count(sum(size), counts[size]) for size in plan.exchanging]
+    return given
 
 
 def gateable(block: Block) -> list[fx.Node]:

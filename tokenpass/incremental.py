@@ -12,12 +12,24 @@ with the largest ones anew, and at once all rows beyond a limit.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from tokenpass.attention_rows import compute, take
-from tokenpass.running_softmax import exchange
+from tokenpass.attention_rows import (
+    additive,
+    attention_by_products,
+    compute,
+    each_head,
+    put,
+    rows_of_bias,
+    take,
+)
+from tokenpass.gates import FEWEST, Count
+from tokenpass.running_softmax import Pair, Running, exchanged_state
+from tokenpass.torch_internals import fused_attention
 
 REFRESH_FRAMES = 64
 """In so many frames, as many rows as there are get a turn of being computed anew.
@@ -37,11 +49,21 @@ for 4 and 8, where dense float32 attention itself has errors of 1e-6 to 3e-6.
 DENSE_SHARE = 0.5
 """Share of rows in need from which on all are computed."""
 
-EXCHANGE_COST = 3.25
+EXCHANGE_COST = 3.4
 """Work for a changed token, in rows of dense attention: old key, new key, its row, merging."""
 
-OVERHEAD = 240
+OVERHEAD = 220
 """Work that does not depend on the number of changed tokens, in rows of dense attention."""
+
+
+SCORE_BYTES = 2**23
+"""Scores that a compiled graph holds at once; of more, blocks are faster.
+
+Fused, an update of 10 % of 784 tokens takes 5.0 ms, in blocks 6.1; of 1764 tokens it is the same.
+"""
+
+DEVICE_SCORE_BYTES = 2**28
+"""The same on other devices."""
 
 
 def refreshed(tokens: int) -> int:
@@ -49,21 +71,40 @@ def refreshed(tokens: int) -> int:
     return -(-tokens // REFRESH_FRAMES)
 
 
-def pays(tokens: int, changed: int) -> bool:
+def pays(tokens: int, changed: Count | Tensor) -> Any:
     """Whether exchanging ``changed`` of ``tokens`` keys is faster than dense fused attention.
 
-    Milliseconds by share of changed tokens, on an idle machine (x86 with AVX-512, two threads,
-    float32, 6 heads of width 64); the break-even is from finer measurements on one thread:
+    Milliseconds by share of changed tokens under Inductor (x86 with AVX-512, two threads, float32,
+    6 heads of width 64):
 
-    | tokens | dense | 2 % | 5 % | 10 % | 20 % | break-even |
-    | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
-    | 196 | | | | | | never |
-    | 400 | | | | | | 15 % |
-    | 784 | 7.9 | 3.1 | 3.6 | 5.2 | 8.4 | 19 % |
-    | 1764 | 39 | 8.4 | 13 | 20 | 33 | 25 % |
-    | 4096 | 217 | 44 | 59 | 90 | 153 | 31 % |
+    | tokens | dense | 2 % | 5 % | 10 % | 20 % | 30 % | break-even |
+    | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
+    | 196 | 1.0 | 1.1 | 1.0 | 1.1 | 1.3 | 1.5 | never |
+    | 400 | 2.9 | 1.9 | 1.9 | 2.0 | 2.7 | 3.4 | 22 % |
+    | 784 | 9.2 | 3.5 | 4.1 | 5.4 | 8.9 | 13 | 21 % |
+    | 1764 | 43 | 9.6 | 14 | 22 | 36 | 52 | 24 % |
+    | 4096 | 225 | 34 | 57 | 96 | 179 | 279 | 25 % |
     """
     return EXCHANGE_COST * changed + refreshed(tokens) + OVERHEAD <= tokens
+
+
+def exchange_count(tokens: int, changed: Count) -> Count:
+    """How many of the changed keys to exchange: all, or a few where computing anew is faster."""
+    return changed if changed <= FEWEST or pays(tokens, changed) else FEWEST
+
+
+def traced_exchange_count(tokens: int, changed: Count) -> Count:
+    """The same of a number that is only known when a traced graph runs, and at least FEWEST."""
+    every = torch.scalar_tensor(changed, dtype=torch.int64)
+    found: Count = torch.where(pays(tokens, every), every, FEWEST).item()  # type: ignore[assignment]
+    torch._check(found >= FEWEST)  # type: ignore[no-untyped-call]
+    torch._check(found <= changed)  # type: ignore[no-untyped-call]
+    return found
+
+
+def most_exchanged(tokens: int) -> int:
+    """The largest :func:`exchange_count`."""
+    return max(FEWEST, int((tokens - OVERHEAD - refreshed(tokens)) / EXCHANGE_COST))
 
 
 def computed_rows(tokens: int, changed: int) -> int:
@@ -81,7 +122,7 @@ def full_attention(
     out: Tensor,
     lse: Tensor,
     drift: Tensor,
-) -> Tensor:
+) -> None:
     """Attention of all queries, and the state to update it from.
 
     Args:
@@ -90,21 +131,16 @@ def full_attention(
         value: ``(B, hk, N, dv)``.
         scale: Factor of the scores.
         bias: Broadcasts to ``(B, h, N, N)``: added if floating, ``False`` excludes if bool.
-        out: State ``(B, h, N, dv)``, contiguous float32, overwritten.
+        out: State ``(B, h, N, dv)``, float32, of any strides: overwritten by the attention, which
+            is 0 for a query that sees no key.
         lse: State ``(B, h, N)``, likewise.
         drift: State ``(B, N)``, likewise.
-
-    Returns:
-        ``(B, h, N, dv)`` in the dtype of the values; the heads of a token lie together. A query
-        that sees no key has output 0.
     """
     with torch.autocast(query.device.type, enabled=False):
         compute(query, key, value, scale, _four_dims(bias), None, out, lse)
     drift.zero_()
-    return _empty_result(out, value.dtype).copy_(out)
 
 
-@torch.library.custom_op("tokenpass::update_attention", mutates_args=("out", "lse", "drift"))
 def update_attention(
     query: Tensor,
     key: Tensor,
@@ -117,12 +153,12 @@ def update_attention(
     out: Tensor,
     lse: Tensor,
     drift: Tensor,
-) -> Tensor:
-    """Attention after some tokens changed, from the state before.
+    exchanged: Count | None = None,
+) -> None:
+    """Bring the state up to date after some tokens changed: ``out`` is the attention.
 
     All is computed anew where that is faster (:func:`pays`) or where float32 cannot hold what is
-    left, say after a key that had all the weight. To see the latter the host waits for the device
-    once; while a CUDA graph is captured it cannot, and rows in need get their turns one by one.
+    left, say after a key that had all the weight.
 
     Args:
         query: ``(B, h, N, d)``, changed rows included, like ``key`` and ``value``.
@@ -130,57 +166,98 @@ def update_attention(
         value: ``(B, hk, N, dv)``.
         old_key: ``(B, hk, U, d)``, what was at the changed positions when the state was written.
         old_value: ``(B, hk, U, dv)``.
-        changed: ``(B, U)``, positions of the tokens that changed, in any order. A position may
-            occur more than once, with the same old key and value.
+        changed: ``(B, U)``, positions of the tokens that changed, no two equal.
         scale: As in :func:`full_attention`, and the same for one state; so is ``bias``.
         bias: See there.
         out: State, updated; as are ``lse`` and ``drift``.
-
-    Returns:
-        As :func:`full_attention`.
+        exchanged: From :func:`exchange_count` for ``U``, which is the default.
     """
-    if changed.shape[1] > 0:
-        with torch.autocast(query.device.type, enabled=False):
-            old = old_key, old_value
-            _update(query, key, value, old, changed, scale, _four_dims(bias), out, lse, drift)
-    return _empty_result(out, value.dtype).copy_(out)
+    tokens = query.shape[2]
+    if exchanged is None:
+        exchanged = exchange_count(tokens, changed.shape[1])
+    places = changed.narrow(1, 0, exchanged)
+    old = old_key.narrow(2, 0, exchanged), old_value.narrow(2, 0, exchanged)
+    new = take(key, places), take(value, places)
+    wide, state, at_once = _four_dims(bias), Running(out, lse, drift), _scores_fit(query)
+    with torch.autocast(query.device.type, enabled=False):
+        after = exchanged_state(query, old, new, places, scale, wide, state, at_once=at_once)
+        # Weights do not show that a value was not finite.
+        spoiled = (old[1] * 0).float().sum((1, 2, 3))[:, None]
+        worst = (after.drift + spoiled).scatter(1, changed, torch.inf)
+        count = torch.sym_min(exchanged + refreshed(tokens), tokens)  # type: ignore[no-untyped-call]
+        rows = worst.topk(count, dim=1).indices
+        anew = _rows_anew(query, key, value, rows, scale, wide, at_once=at_once)
+    out.copy_(put(after.out, rows, anew[0]))
+    lse.copy_(put(after.lse[..., None], rows, anew[1][..., None]).squeeze(3))
+    drift.copy_(worst.scatter(1, rows, 0.0))
+    in_need = (drift <= DRIFT_LIMIT).logical_not().sum(1).max()
+    left = changed.shape[1] - exchanged
+    recompute_attention(query, key, value, scale, bias, in_need, left, out, lse, drift)
 
 
-def _update(
+def _scores_fit(query: Tensor) -> bool:
+    """Whether to keep all scores that may be exchanged in memory."""
+    images, heads, tokens, _ = query.shape
+    limit = SCORE_BYTES if query.is_cpu else DEVICE_SCORE_BYTES
+    return 8 * images * heads * tokens * most_exchanged(tokens) <= limit
+
+
+def _rows_anew(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    old: tuple[Tensor, Tensor],
-    changed: Tensor,
+    rows: Tensor,
     scale: float,
     bias: Tensor | None,
+    *,
+    at_once: bool,
+) -> Pair:
+    """Attention of the queries at ``rows`` ``(B, R)``, and the logarithm of its sums."""
+    heads, some = query.shape[1], take(query, rows).float()
+    inputs = some, each_head(key, heads), each_head(value, heads)
+    mask = None if bias is None else additive(rows_of_bias(bias, rows))
+    fused = None if at_once else fused_attention(*inputs, mask, scale)
+    return fused or attention_by_products(*inputs, mask, scale)
+
+
+@torch.library.custom_op("tokenpass::recompute_attention", mutates_args=("out", "lse", "drift"))
+def recompute_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    bias: Tensor | None,
+    in_need: Tensor,
+    left: int,
     out: Tensor,
     lse: Tensor,
     drift: Tensor,
 ) -> None:
+    """Compute rows anew that have too much drift, or all if changed tokens were ``left`` out.
+
+    The host waits for the device to see how many they are; while a CUDA graph is captured it
+    cannot, and rows in need get their turns one by one.
+
+    Args:
+        query: As in :func:`update_attention`, like the others.
+        in_need: Most rows of an image beyond :data:`DRIFT_LIMIT`, ``()``.
+        left: How many changed tokens were not exchanged.
+    """
     rows = None
-    if pays(query.shape[2], changed.shape[1]):
-        new = take(key, changed), take(value, changed)
-        exchange(query, old, new, changed, scale, bias, out, lse, drift)
-        # Weights do not show that a value was not finite.
-        drift += (old[1] * 0).float().sum((1, 2, 3))[:, None]
-        drift.scatter_(1, changed, torch.inf)
-        rows = _rows_in_need(drift, changed.shape[1])
-    compute(query, key, value, scale, bias, rows, out, lse)
+    if left == 0:
+        if query.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        count = int(in_need)
+        if count == 0:
+            return
+        if count < DENSE_SHARE * query.shape[2]:
+            rows = drift.topk(count, dim=1, sorted=False).indices
+    with torch.autocast(query.device.type, enabled=False):
+        compute(query, key, value, scale, _four_dims(bias), rows, out, lse)
     if rows is None:
         drift.zero_()
     else:
         drift.scatter_(1, rows, 0.0)
-
-
-def _rows_in_need(drift: Tensor, changed: int) -> Tensor | None:
-    """Positions ``(B, R)`` to compute anew, changed ones included; ``None`` if that is all."""
-    tokens = drift.shape[1]
-    if not (drift.is_cuda and torch.cuda.is_current_stream_capturing()):
-        in_need = (drift <= DRIFT_LIMIT).logical_not_().sum(1).max()
-        changed = max(changed, int(in_need))
-    count = changed + refreshed(tokens)
-    return drift.topk(count, dim=1, sorted=False)[1] if count < DENSE_SHARE * tokens else None
 
 
 def _four_dims(bias: Tensor | None) -> Tensor | None:
@@ -191,44 +268,17 @@ def _four_dims(bias: Tensor | None) -> Tensor | None:
     return bias[(*[None] * (4 - bias.dim()), *own)]
 
 
-def _empty_result(out: Tensor, dtype: torch.dtype) -> Tensor:
-    """For a copy of the output, laid out ``(B, N, h, dv)`` as what follows attention wants it."""
-    images, heads, tokens, width = out.shape
-    return out.new_empty((images, tokens, heads, width), dtype=dtype).transpose(1, 2)
-
-
 # ---------------------------------------------------------------- shapes and FLOPs
 
 
 @full_attention.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float,
-    bias: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    drift: Tensor,
-) -> Tensor:
-    return _empty_result(out, value.dtype)
+def _(*args: object) -> None:
+    pass
 
 
-@update_attention.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    old_key: Tensor,
-    old_value: Tensor,
-    changed: Tensor,
-    scale: float,
-    bias: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    drift: Tensor,
-) -> Tensor:
-    return _empty_result(out, value.dtype)
+@recompute_attention.register_fake
+def _(*args: object) -> None:
+    pass
 
 
 @register_flop_formula(torch.ops.tokenpass.full_attention)
@@ -239,15 +289,17 @@ def _full_flops(
     return 2 * images * heads * tokens * tokens * (width + value[3])
 
 
-@register_flop_formula(torch.ops.tokenpass.update_attention)
-def _update_flops(
+@register_flop_formula(torch.ops.tokenpass.recompute_attention)
+def _recompute_flops(
     query: torch.Size,
     key: torch.Size,
     value: torch.Size,
-    old_key: torch.Size,
+    scale: float,
+    bias: torch.Size | None,
+    in_need: torch.Size,
+    left: int,
     *args: object,
     **kwargs: object,
 ) -> int:
-    images, heads, tokens, width = query
-    rows = computed_rows(tokens, old_key[2])
-    return 2 * images * heads * tokens * rows * (width + value[3])
+    """Rows beyond the limit of drift are not foreseen."""
+    return _full_flops(query, key, value) if left else 0

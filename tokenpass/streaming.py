@@ -18,7 +18,8 @@ from torch import Tensor, fx
 
 from tokenpass import torch_internals as internals
 from tokenpass.errors import NothingRecordedError, TokenpassError, TokenpassWarning
-from tokenpass.gated import Gated, gate_graph, passing
+from tokenpass.gated import Gated, gate_graph
+from tokenpass.gating import budget
 from tokenpass.methods import Eventful
 from tokenpass.options import Settings
 from tokenpass.runtime import Run, compile_inner, warn_of_nothing
@@ -322,9 +323,7 @@ class GatedGraph:
         """What the incremental graph takes beside frame and state."""
         method = self._current(session)
         assert gated.plan is not None
-        given: list[Any] = []
-        if method.keep is not None:
-            given += [passing(method, patches) + fixed for patches, fixed in gated.plan.sizes]
+        given: list[Any] = [*budget(gated.plan, method)]
         if method.threshold is not None:
             given.append(torch.tensor(method.threshold, dtype=torch.float32))
         return given

@@ -337,8 +337,8 @@ def fused_attention(
     if query.is_cpu and widths[0] == widths[1]:
         fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         out, lse = fused(*inputs, attn_mask=mask, scale=scale)
-        if mask is not None and bool((lse == 0).any()):
-            lse.masked_fill_((mask == -torch.inf).all(-1), -torch.inf)
+        if mask is not None:
+            lse = lse.masked_fill((mask == -torch.inf).all(-1), -torch.inf)
         return out, lse
     if query.is_cuda and mask is None and not any(width % 4 for width in widths):
         efficient = torch.ops.aten._scaled_dot_product_efficient_attention
