@@ -211,6 +211,38 @@ def test_a_stream_moves(model: nn.Module) -> None:
         tokenpass.state_dict(second, "unknown")
 
 
+def test_a_stream_is_saved_whatever_sizes_ran_before(model: nn.Module) -> None:
+    """Breaks if graphs for other sizes, which have no such stream, stand in the way."""
+    frames = clip(4)
+    first, second = (gated(model, eventful(keep=0.3)) for _ in range(2))
+    small = frames[0][..., : SHAPE[2] // 2]
+    for fast in (first, second):
+        fast(small)
+        for x in frames[:3]:
+            fast(x)
+    saved = tokenpass.state_dict(first)
+    wanted = first(frames[3])
+    tokenpass.load_state_dict(second, saved, "moved")
+    with tokenpass.stream(second, "moved"):
+        assert torch.equal(second(frames[3]), wanted)
+
+
+def test_an_inner_backend_that_fails_leaves_the_model_as_it_is(model: nn.Module) -> None:
+    """Breaks if its error reaches the user although the unchanged model compiles."""
+
+    def inner(module: fx.GraphModule, inputs: list[Any]) -> Any:
+        if any(node.target is torch.ops.aten.copy_.default for node in module.graph.nodes):
+            raise RuntimeError("no such kernel")
+        return module
+
+    backend = tokenpass.backend(eventful(keep=0.3), inner=inner, always_rewrite=True)
+    fast = torch.compile(model, backend=backend)
+    x = clip(1)[0]
+    with pytest.warns(tokenpass.TokenpassWarning, match="no such kernel"):
+        assert torch.equal(fast(x), model(x))
+    assert "no such kernel" in tokenpass.report(fast).refusals[-1].reason
+
+
 def test_a_cut_is_computed_in_full(model: nn.Module) -> None:
     """Breaks if motion counts as a cut, or a cut goes through gates."""
     fast = gated(model, tokenpass.Eventful(keep=0.3))

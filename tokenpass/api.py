@@ -158,14 +158,19 @@ def state_dict(compiled: Any, name: str = DEFAULT_STREAM) -> dict[str, Any]:
         NothingRecordedError: If the model, or the stream, has not run.
     """
     sessions = [s for _, s in _sessions(compiled) if isinstance(s, StreamSession)]
-    return {str(number): session.export(name) for number, session in enumerate(sessions)}
+    having = [session for session in sessions if name in session.streams]
+    if not having:
+        known = dict.fromkeys(repr(key) for session in sessions for key in session.streams)
+        raise NothingRecordedError(f"no stream {name!r}: there are {', '.join(known) or 'none'}")
+    return {str(number): session.export(name) for number, session in enumerate(having)}
 
 
 def load_state_dict(compiled: Any, state: Mapping[str, Any], name: str = DEFAULT_STREAM) -> None:
     """Continue a stream from :func:`state_dict`, here or in another process.
 
     Args:
-        compiled: The same model, compiled with the same method; has run on any frame before.
+        compiled: The same model, compiled with the same method; has run on any frame before, of
+            the shape that the stream continues with.
         state: From :func:`state_dict`.
         name: Of the stream that continues.
 
@@ -173,7 +178,7 @@ def load_state_dict(compiled: Any, state: Mapping[str, Any], name: str = DEFAULT
         OptionError: If the state is of a model with other graphs.
         NothingRecordedError: If the model has not run.
     """
-    sessions = [s for _, s in _sessions(compiled) if isinstance(s, StreamSession)]
+    sessions = [session for session in _last_call(compiled) if isinstance(session, StreamSession)]
     if len(state) != len(sessions):
         raise OptionError(f"state of {len(state)} graphs: the model has {len(sessions)}")
     for number, session in enumerate(sessions):

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, fx
 
 from tokenpass import torch_internals as internals
-from tokenpass.errors import NothingRecordedError, TokenpassError, TokenpassWarning
+from tokenpass.errors import TokenpassError, TokenpassWarning
 from tokenpass.gated import Gated, gate_graph
 from tokenpass.gating import budget
 from tokenpass.methods import Eventful
 from tokenpass.options import Settings
+from tokenpass.pipeline import failed
 from tokenpass.runtime import Run, compile_inner, warn_of_nothing
 from tokenpass.scenes import SceneWatch
 from tokenpass.sessions import Session, Sessions, graphs_of, register
@@ -144,10 +145,7 @@ class StreamSession(Session):
 
     def export(self, name: str) -> dict[str, Any]:
         """The state of a stream, as copies that can be moved to another process."""
-        stream = self.streams.get(name)
-        if stream is None:
-            known = ", ".join(repr(key) for key in self.streams)
-            raise NothingRecordedError(f"no stream {name!r}: there are {known or 'none'}")
+        stream = self.streams[name]
         with stream.lock:
             return {
                 "signature": stream.signature,
@@ -349,11 +347,16 @@ class GatedGraph:
         with torch.inference_mode(False), torch.no_grad():
             gated = gate_graph(self._module, inputs, self._method, always=always)
             if gated.full is not None and gated.incremental is not None:
-                full, incremental = (
-                    compile_inner(self._settings, graph.module, graph.inputs)
-                    for graph in (gated.full, gated.incremental)
-                )
-                return Compiled(gated, full, incremental)
+                try:
+                    full, incremental = (
+                        compile_inner(self._settings, graph.module, graph.inputs)
+                        for graph in (gated.full, gated.incremental)
+                    )
+                    return Compiled(gated, full, incremental)
+                except Exception as error:
+                    if internals.steers_compilation(error):
+                        raise
+                    gated = Gated(failed(gated.report, error))
             warn_of_nothing(gated.report)
             return Compiled(gated, compile_inner(self._settings, self._module, inputs), None)
 
