@@ -25,6 +25,7 @@ from tokenpass.latency import LatencyTarget
 from tokenpass.methods import Eventful, HiPrune
 from tokenpass.report import Refusal, Report
 from tokenpass.selection import select
+from tokenpass.vision_language import VisionLanguageModel, vlm
 
 __version__ = "0.1.0"
 
@@ -41,6 +42,7 @@ __all__ = [
     "Stats",
     "TokenpassError",
     "TokenpassWarning",
+    "VisionLanguageModel",
     "backend",
     "explain",
     "kept",
@@ -52,4 +54,5 @@ __all__ = [
     "state_dict",
     "stats",
     "stream",
+    "vlm",
 ]

@@ -1,0 +1,428 @@
+"""A vision-language model that gives its language model fewer visual tokens."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from tokenpass.errors import BrokenInvariantError, NothingRecordedError, OptionError
+from tokenpass.methods import Budget, HiPrune, check_budget, check_choice
+from tokenpass.prompts import Cut, cut_arguments, cut_prompts
+from tokenpass.selection import token_budget
+from tokenpass.visual_encoder import Encoded, mapped
+from tokenpass.visual_tokens import Selector, VisualTokens, hiprune
+from tokenpass.vlm_cost import PromptStats, prompt_stats
+from tokenpass.vlm_protocol import (
+    PRECOMPUTED,
+    Modality,
+    Protocol,
+    forward_positions,
+    generation_positions,
+    protocol_of,
+)
+
+Positions = Literal["original", "compact"]
+
+ENCODER_FIELDS = ("last_hidden_state", "hidden_states", "attentions", "pooler_output")
+"""Fields of an encoder's output that are not cut along with the visual tokens."""
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """Visual tokens of one modality after the selection.
+
+    Attributes:
+        modality: Which.
+        full: The encoder's output with all visual tokens.
+        output: The same with those that stay.
+        kept: For each image the positions that stay, ascending.
+        mask: For all visual tokens whether they stay, bool.
+    """
+
+    modality: Modality
+    full: Any
+    output: Any
+    kept: list[Tensor]
+    mask: Tensor
+
+
+@dataclass
+class _Continued:
+    """How a prompt whose cache is at hand goes on.
+
+    Attributes:
+        cut: What was taken out of it.
+        length: Tokens of the full prompt.
+        next: Position of the next token, ``(..., B, 1)``; ``None`` where the model counts itself.
+    """
+
+    cut: Cut
+    length: int
+    next: Tensor | None
+
+
+class VisionLanguageModel:
+    """Used like the model that it holds: what it does not define itself is the model's.
+
+    Attributes:
+        model: The original, unchanged.
+        method: What is selected.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        method: HiPrune,
+        selector: Selector | None,
+        positions: Positions,
+    ) -> None:
+        self.model = model
+        self.method = method
+        self._selector = selector
+        self._positions = positions
+        self._protocol: Protocol = protocol_of(model)
+        self._continued: weakref.WeakKeyDictionary[Any, _Continued] = weakref.WeakKeyDictionary()
+        self._last: tuple[list[_Chosen], PromptStats] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["model"], name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.forward(*args, **kwargs)
+
+    # ------------------------------------------------------------ questions
+
+    def set_budget(self, keep: Budget) -> None:
+        """Change the budget; the next call uses it, and nothing is compiled."""
+        check_budget("keep", keep)
+        self.method = self.method.with_budget(keep)
+
+    def kept(self, modality: str = "image") -> list[Tensor]:
+        """For each image of the last call the visual tokens that stayed, ``(K,)``, ascending.
+
+        Raises:
+            NothingRecordedError: If no call had such inputs.
+        """
+        for chosen in self._recorded()[0]:
+            if chosen.modality.name == modality:
+                return [kept.clone() for kept in chosen.kept]
+        raise NothingRecordedError(f"the last call had no {modality}")
+
+    def stats(self) -> PromptStats:
+        """Tokens, prefill FLOPs and cache bytes of the last call, before and after.
+
+        Raises:
+            NothingRecordedError: If no call had visual inputs.
+        """
+        return self._recorded()[1]
+
+    def _recorded(self) -> tuple[list[_Chosen], PromptStats]:
+        if self._last is None:
+            raise NothingRecordedError("no call with visual inputs yet: call the model first")
+        return self._last
+
+    # ------------------------------------------------------------ calls
+
+    def forward(self, input_ids: Tensor | None = None, **kwargs: Any) -> Any:
+        """As the model's ``forward``; logits and losses are those of the shorter prompts."""
+        arguments = {"input_ids": input_ids, **kwargs}
+        state = self._state(kwargs.get("past_key_values"))
+        if not self._prunes(arguments):
+            if state is None:
+                return self.model(**arguments)
+            return self._continue(arguments, state)
+        self._refuse_started(kwargs.get("past_key_values"))
+        chosen = self._choose(arguments)
+        full = self._without_pixels(arguments)
+        if self._positions == "compact" or full.get("position_ids") is not None:
+            positions = full.get("position_ids")
+        else:
+            positions = forward_positions(
+                self._protocol, self._with_outputs(full, chosen, "full", encoders_too=arguments)
+            )
+        made, cut = self._cut(full, chosen, positions)
+        if self._positions == "compact":
+            made["position_ids"] = self._compact(made, positions)
+        output = self.model(**self._with_outputs(made, chosen, "output"))
+        self._remember(output, cut, arguments, made.get("position_ids"))
+        return output
+
+    def generate(self, input_ids: Tensor | None = None, **kwargs: Any) -> Any:
+        """As the model's ``generate``; the sequences begin with the full prompts."""
+        given = kwargs.pop("inputs", None)
+        arguments = {"input_ids": given if input_ids is None else input_ids, **kwargs}
+        if not self._prunes(arguments):
+            if self._state(kwargs.get("past_key_values")) is not None:
+                raise OptionError(
+                    "past_key_values of a prompt that was cut: pass the whole conversation"
+                )
+            return self.model.generate(**arguments)
+        self._refuse_started(kwargs.get("past_key_values"))
+        self._refuse_packing(kwargs)
+        chosen = self._choose(arguments)
+        positions = kwargs.get("position_ids")
+        if positions is None and self._positions == "original":
+            positions = generation_positions(self._protocol, arguments)
+        full = self._without_pixels(arguments)
+        made, cut = self._cut(full, chosen, positions)
+        if self._positions == "compact":
+            made["position_ids"] = self._compact(made, positions)
+        before, after = arguments["input_ids"], made["input_ids"]
+        for limit in ("max_length", "min_length"):
+            if made.get(limit) is not None:
+                made[limit] -= before.shape[1] - after.shape[1]
+        output = self.model.generate(**self._with_outputs(made, chosen, "output"))
+        return _with_prompts(output, before, after.shape[1])
+
+    # ------------------------------------------------------------ steps
+
+    def _prunes(self, arguments: Mapping[str, Any]) -> bool:
+        """Whether a call has visual inputs of which some may leave."""
+        if not self._protocol.given(arguments) or self.method.full:
+            return False
+        if arguments["input_ids"] is None:
+            raise OptionError("pass input_ids: embeddings do not show where the placeholders are")
+        if arguments.get(PRECOMPUTED) is not None:
+            raise OptionError(f"{PRECOMPUTED}: pass pixels, whose attention ranks the tokens")
+        return True
+
+    def _choose(self, arguments: Mapping[str, Any]) -> list[_Chosen]:
+        found = []
+        for modality in self._protocol.given(arguments):
+            method = self.method
+            encoded = modality.encoder(method, modality.inputs(arguments))
+            if method.compat == "llava" and isinstance(method.keep, int):
+                shared = max(1, method.keep // len(encoded.tokens))
+                method = replace(method, keep=shared)
+            found.append(self._chosen(modality, encoded, method))
+        return found
+
+    def _chosen(self, modality: Modality, encoded: Encoded, method: HiPrune) -> _Chosen:
+        kept, features = [], []
+        for rows, may_leave, tokens in zip(
+            encoded.features, encoded.pruned, encoded.tokens, strict=True
+        ):
+            stay = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+            stay[may_leave] = False
+            picked, changed = self._select(tokens, method)
+            stay[may_leave[picked]] = True
+            if changed is not None:
+                rows = rows.index_copy(0, may_leave[picked], changed.to(rows.dtype))
+            kept.append(stay.nonzero().squeeze(1))
+            features.append(rows[kept[-1]])
+        counts = [len(rows) for rows in encoded.features]
+        output = _cut_output(encoded.output, counts, kept, features)
+        masks = [
+            torch.zeros(count, dtype=torch.bool).index_fill_(0, k.cpu(), True)
+            for count, k in zip(counts, kept, strict=True)
+        ]
+        return _Chosen(modality, encoded.output, output, kept, torch.cat(masks))
+
+    def _select(self, tokens: VisualTokens, method: HiPrune) -> tuple[Tensor, Tensor | None]:
+        if not len(tokens):
+            return torch.empty(0, dtype=torch.int64, device=tokens.features.device), None
+        budget = token_budget(method.keep, len(tokens))
+        if self._selector is None:
+            return hiprune(method, tokens, budget), None
+        found = self._selector(tokens, budget)
+        kept, features = found if isinstance(found, tuple) else (found, None)
+        if len(kept) > 1 and not bool((kept[1:] > kept[:-1]).all()):
+            raise OptionError("a selector must return different positions, ascending")
+        return kept, features
+
+    def _without_pixels(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments without those of the encoders."""
+        encoders = {name for m in self._protocol.given(arguments) for name in m.arguments}
+        return {name: value for name, value in arguments.items() if name not in encoders}
+
+    def _with_outputs(
+        self,
+        arguments: Mapping[str, Any],
+        chosen: list[_Chosen],
+        which: Literal["full", "output"],
+        encoders_too: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """The arguments with visual tokens; with ``encoders_too`` also what tells their grids."""
+        made = dict(arguments)
+        for name, value in (encoders_too or {}).items():
+            if not (isinstance(value, Tensor) and value.is_floating_point()):
+                made.setdefault(name, value)
+        for one in chosen:
+            made.pop(one.modality.pixels, None)
+        made[PRECOMPUTED] = {one.modality.name: getattr(one, which) for one in chosen}
+        return made
+
+    def _cut(
+        self, arguments: dict[str, Any], chosen: list[_Chosen], positions: Tensor | None
+    ) -> tuple[dict[str, Any], Cut]:
+        prompts = arguments["input_ids"]
+        kept = [(one.modality.placeholder, one.mask) for one in chosen]
+        cut = cut_prompts(prompts, arguments.get("attention_mask"), kept)
+        full = {**arguments, "position_ids": positions}
+        made = cut_arguments(full, cut, self._pad_token())
+        self._last = (chosen, prompt_stats(self._protocol, prompts, cut, kept))
+        return made, cut
+
+    def _pad_token(self) -> int:
+        """Any token that is no placeholder: what is padded is masked."""
+        placeholders = {modality.placeholder for modality in self._protocol.modalities}
+        given = getattr(self.model.config.get_text_config(), "pad_token_id", None)
+        candidates = [given, *range(len(placeholders) + 1)]
+        return next(c for c in candidates if c is not None and c not in placeholders)
+
+    @staticmethod
+    def _compact(arguments: Mapping[str, Any], positions: Tensor | None) -> Tensor:
+        """Positions of the shorter prompts, counted anew."""
+        if positions is not None:
+            raise OptionError('position_ids contradict positions="compact": pass one of them')
+        mask = arguments["attention_mask"].long()
+        return (mask.cumsum(-1) - 1).clamp(min=0)
+
+    # ------------------------------------------------------------ caches
+
+    def _state(self, cache: Any) -> _Continued | None:
+        return None if cache is None else self._continued.get(cache)
+
+    @staticmethod
+    def _refuse_started(cache: Any) -> None:
+        if cache is not None and cache.get_seq_length() > 0:
+            raise OptionError(
+                "past_key_values with earlier tokens and new visual inputs: pass the whole "
+                "conversation without a cache"
+            )
+
+    def _refuse_packing(self, arguments: Mapping[str, Any]) -> None:
+        """Positions with gaps and no mask would be read as several sequences in one."""
+        if self._positions == "compact":
+            return
+        if arguments.get("use_cache") is False:
+            raise OptionError(
+                'use_cache=False: without a cache, positions with gaps are read as several packed '
+                'prompts; use the cache, or positions="compact"'
+            )
+        self._refuse_flash()
+
+    def _refuse_flash(self) -> None:
+        text = self.model.config.get_text_config()
+        if "flash" in str(getattr(text, "_attn_implementation", "")):
+            raise OptionError(
+                "flash attention reads positions with gaps as several packed prompts: use "
+                'attn_implementation="sdpa", or positions="compact"'
+            )
+
+    def _remember(
+        self, output: Any, cut: Cut, arguments: Mapping[str, Any], positions: Tensor | None
+    ) -> None:
+        cache = getattr(output, "past_key_values", None)
+        if cache is None:
+            return
+        after = None if positions is None else positions[..., -1:] + 1
+        self._continued[cache] = _Continued(cut, arguments["input_ids"].shape[1], after)
+
+    def _continue(self, arguments: dict[str, Any], state: _Continued) -> Any:
+        """A call that goes on behind a prompt that was cut."""
+        given = arguments.get("input_ids")
+        new = given if given is not None else arguments["inputs_embeds"]
+        mask = arguments.get("attention_mask")
+        if mask is not None and mask.dim() == 2:
+            arguments["attention_mask"] = self._continued_mask(mask, state, arguments)
+        if arguments.get("position_ids") is None and state.next is not None:
+            steps = torch.arange(new.shape[1], device=new.device)
+            arguments["position_ids"] = state.next + steps
+            state.next = state.next + new.shape[1]
+        output = self.model(**arguments)
+        cache = getattr(output, "past_key_values", None)
+        if cache is not None:
+            self._continued[cache] = state
+        return output
+
+    @staticmethod
+    def _continued_mask(mask: Tensor, state: _Continued, arguments: Mapping[str, Any]) -> Tensor:
+        """A mask over the full prompt and later tokens, on the tokens that stayed."""
+        behind = mask[:, state.length :]
+        seen = arguments["past_key_values"].get_seq_length() - state.cut.index.shape[1]
+        new = arguments["input_ids"].shape[1] if arguments.get("input_ids") is not None else 1
+        if behind.shape[1] != seen + new:
+            raise OptionError(
+                f"attention_mask of {mask.shape[1]} columns: expected {state.length} for the full "
+                f"prompt and {seen + new} for what follows"
+            )
+        return torch.cat((state.cut.apply(mask[:, : state.length], 0), behind), 1)
+
+
+def _with_prompts(output: Any, prompts: Tensor, length: int) -> Any:
+    """Generated sequences behind the full prompts in place of the cut ones."""
+    sequences = output if isinstance(output, Tensor) else output.sequences
+    full = prompts.repeat_interleave(len(sequences) // len(prompts), 0)
+    made = torch.cat((full.to(sequences.device), sequences[:, length:]), 1)
+    if isinstance(output, Tensor):
+        return made
+    output.sequences = made
+    return output
+
+
+def _cut_output(
+    output: Any, counts: list[int], kept: list[Tensor], features: list[Tensor]
+) -> Any:
+    """An encoder's output with the visual tokens that stay, in the form that it had."""
+    starts = [sum(counts[:number]) for number in range(len(counts))]
+    flat = torch.cat([k + start for k, start in zip(kept, starts, strict=True)])
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value[flat] if value.dim() > 1 and len(value) == sum(counts) else value
+        if not isinstance(value, (list, tuple)):
+            return value
+        tensors = all(isinstance(x, Tensor) and x.dim() > 1 for x in value)
+        if tensors and [len(x) for x in value] == counts:
+            return type(value)(x[k] for x, k in zip(value, kept, strict=True))
+        return type(value)(cut(x) for x in value)
+
+    made = mapped(output, lambda x: x)
+    for name in list(output.keys()):
+        if name not in ENCODER_FIELDS:
+            made[name] = cut(output[name])
+    if not isinstance(output["pooler_output"], Tensor):
+        made["pooler_output"] = features
+    elif len({len(rows) for rows in features}) == 1:
+        made["pooler_output"] = torch.stack(features)
+    else:
+        raise BrokenInvariantError(
+            "images of one tensor must keep equally many visual tokens: the selector kept "
+            f"{[len(rows) for rows in features]}"
+        )
+    return made
+
+
+def vlm(
+    model: Any,
+    method: HiPrune | None = None,
+    *,
+    selector: Selector | None = None,
+    positions: Positions = "original",
+) -> VisionLanguageModel:
+    """A vision-language model whose language model is given fewer visual tokens.
+
+    Args:
+        model: Of ``transformers``, or anything with its protocol (docs/vlm.md); it is not changed.
+        method: Budget and layers; ``keep`` counts visual tokens of an image or video. Default
+            ``HiPrune(where="output")``.
+        selector: Another way to choose; default is the rule of the method.
+        positions: ``"original"``: what stays keeps the positions of the full prompt;
+            ``"compact"``: positions are counted anew.
+
+    Raises:
+        OptionError: If the model lacks a piece of the protocol, or an option is not valid.
+    """
+    check_choice("positions", positions, ("original", "compact"))
+    wanted = method or HiPrune(where="output")
+    if not isinstance(wanted, HiPrune):
+        raise OptionError(f"method={wanted!r}: expected HiPrune(...)")
+    if wanted.stages is not None:
+        raise OptionError("stages cut inside an encoder: a language model is given its output")
+    return VisionLanguageModel(model, wanted, selector, positions)
