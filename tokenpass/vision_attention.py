@@ -56,7 +56,7 @@ class Layer:
         return [tokens for rows, tokens in self.shapes for _ in range(rows)]
 
 
-class AttentionWatch(TorchFunctionMode):  # type: ignore[no-untyped-call]
+class AttentionWatch(TorchFunctionMode):
     """A context in which the attention layers that run in this thread are written down.
 
     Args:
@@ -65,7 +65,7 @@ class AttentionWatch(TorchFunctionMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self, scored: Sequence[int] = (), probed: int | None = None) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.layers: dict[nn.Module | None, Layer] = {}
         self._scored = frozenset(scored)
         self._probed = probed
@@ -134,9 +134,7 @@ class AttentionWatch(TorchFunctionMode):  # type: ignore[no-untyped-call]
         return self._started(layer, number, out)
 
     @staticmethod
-    def _score(
-        layer: Layer, query: Tensor, key: Tensor, scale: float, mask: Tensor | None
-    ) -> None:
+    def _score(layer: Layer, query: Tensor, key: Tensor, scale: float, mask: Tensor | None) -> None:
         if key.shape[1] != query.shape[1]:
             key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
         first = None if mask is None else mask.expand(*query.shape[:3], key.shape[2])[:, :, :1]

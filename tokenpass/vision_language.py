@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from tokenpass.errors import BrokenInvariantError, NothingRecordedError, OptionError
+from tokenpass.errors import NothingRecordedError, OptionError
 from tokenpass.methods import Budget, HiPrune, check_budget, check_choice
 from tokenpass.prompts import Cut, cut_arguments, cut_prompts
-from tokenpass.selection import token_budget
-from tokenpass.visual_encoder import Encoded, mapped
-from tokenpass.visual_tokens import Selector, VisualTokens, hiprune
+from tokenpass.visual_choice import Chosen, choose
+from tokenpass.visual_tokens import Selector
 from tokenpass.vlm_cost import PromptStats, prompt_stats
 from tokenpass.vlm_protocol import (
     PRECOMPUTED,
-    Modality,
     Protocol,
     forward_positions,
     generation_positions,
@@ -27,28 +25,6 @@ from tokenpass.vlm_protocol import (
 )
 
 Positions = Literal["original", "compact"]
-
-ENCODER_FIELDS = ("last_hidden_state", "hidden_states", "attentions", "pooler_output")
-"""Fields of an encoder's output that are not cut along with the visual tokens."""
-
-
-@dataclass(frozen=True)
-class _Chosen:
-    """Visual tokens of one modality after the selection.
-
-    Attributes:
-        modality: Which.
-        full: The encoder's output with all visual tokens.
-        output: The same with those that stay.
-        kept: For each image the positions that stay, ascending.
-        mask: For all visual tokens whether they stay, bool.
-    """
-
-    modality: Modality
-    full: Any
-    output: Any
-    kept: list[Tensor]
-    mask: Tensor
 
 
 @dataclass
@@ -87,7 +63,7 @@ class VisionLanguageModel:
         self._positions = positions
         self._protocol: Protocol = protocol_of(model)
         self._continued: weakref.WeakKeyDictionary[Any, _Continued] = weakref.WeakKeyDictionary()
-        self._last: tuple[list[_Chosen], PromptStats] | None = None
+        self._last: tuple[list[Chosen], PromptStats] | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["model"], name)
@@ -121,7 +97,7 @@ class VisionLanguageModel:
         """
         return self._recorded()[1]
 
-    def _recorded(self) -> tuple[list[_Chosen], PromptStats]:
+    def _recorded(self) -> tuple[list[Chosen], PromptStats]:
         if self._last is None:
             raise NothingRecordedError("no call with visual inputs yet: call the model first")
         return self._last
@@ -138,6 +114,8 @@ class VisionLanguageModel:
             return self._continue(arguments, state)
         self._refuse_started(kwargs.get("past_key_values"))
         chosen = self._choose(arguments)
+        if self._keeps_all(chosen, arguments):
+            return self.model(**self._with_outputs({}, chosen, "output", encoders_too=arguments))
         full = self._without_pixels(arguments)
         if self._positions == "compact" or full.get("position_ids") is not None:
             positions = full.get("position_ids")
@@ -165,11 +143,14 @@ class VisionLanguageModel:
         self._refuse_started(kwargs.get("past_key_values"))
         self._refuse_packing(kwargs)
         chosen = self._choose(arguments)
+        if self._keeps_all(chosen, arguments):
+            made = self._with_outputs({}, chosen, "output", encoders_too=arguments)
+            return self.model.generate(**made)
         positions = kwargs.get("position_ids")
         if positions is None and self._positions == "original":
             positions = generation_positions(self._protocol, arguments)
         full = self._without_pixels(arguments)
-        made, cut = self._cut(full, chosen, positions)
+        made, _ = self._cut(full, chosen, positions)
         if self._positions == "compact":
             made["position_ids"] = self._compact(made, positions)
         before, after = arguments["input_ids"], made["input_ids"]
@@ -191,49 +172,21 @@ class VisionLanguageModel:
             raise OptionError(f"{PRECOMPUTED}: pass pixels, whose attention ranks the tokens")
         return True
 
-    def _choose(self, arguments: Mapping[str, Any]) -> list[_Chosen]:
-        found = []
-        for modality in self._protocol.given(arguments):
-            method = self.method
-            encoded = modality.encoder(method, modality.inputs(arguments))
-            if method.compat == "llava" and isinstance(method.keep, int):
-                shared = max(1, method.keep // len(encoded.tokens))
-                method = replace(method, keep=shared)
-            found.append(self._chosen(modality, encoded, method))
-        return found
-
-    def _chosen(self, modality: Modality, encoded: Encoded, method: HiPrune) -> _Chosen:
-        kept, features = [], []
-        for rows, may_leave, tokens in zip(
-            encoded.features, encoded.pruned, encoded.tokens, strict=True
-        ):
-            stay = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
-            stay[may_leave] = False
-            picked, changed = self._select(tokens, method)
-            stay[may_leave[picked]] = True
-            if changed is not None:
-                rows = rows.index_copy(0, may_leave[picked], changed.to(rows.dtype))
-            kept.append(stay.nonzero().squeeze(1))
-            features.append(rows[kept[-1]])
-        counts = [len(rows) for rows in encoded.features]
-        output = _cut_output(encoded.output, counts, kept, features)
-        masks = [
-            torch.zeros(count, dtype=torch.bool).index_fill_(0, k.cpu(), True)
-            for count, k in zip(counts, kept, strict=True)
+    def _choose(self, arguments: Mapping[str, Any]) -> list[Chosen]:
+        return [
+            choose(modality, self.method, self._selector, arguments)
+            for modality in self._protocol.given(arguments)
         ]
-        return _Chosen(modality, encoded.output, output, kept, torch.cat(masks))
 
-    def _select(self, tokens: VisualTokens, method: HiPrune) -> tuple[Tensor, Tensor | None]:
-        if not len(tokens):
-            return torch.empty(0, dtype=torch.int64, device=tokens.features.device), None
-        budget = token_budget(method.keep, len(tokens))
-        if self._selector is None:
-            return hiprune(method, tokens, budget), None
-        found = self._selector(tokens, budget)
-        kept, features = found if isinstance(found, tuple) else (found, None)
-        if len(kept) > 1 and not bool((kept[1:] > kept[:-1]).all()):
-            raise OptionError("a selector must return different positions, ascending")
-        return kept, features
+    def _keeps_all(self, chosen: list[Chosen], arguments: Mapping[str, Any]) -> bool:
+        """Whether the budget was enough for everything, so that the prompts stay as they are."""
+        if self._positions == "compact" or not all(bool(one.mask.all()) for one in chosen):
+            return False
+        kept = [(one.modality.placeholder, one.mask) for one in chosen]
+        prompts = arguments["input_ids"]
+        cut = cut_prompts(prompts, None, kept)
+        self._last = (chosen, prompt_stats(self._protocol, prompts, cut, kept))
+        return True
 
     def _without_pixels(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments without those of the encoders."""
@@ -243,7 +196,7 @@ class VisionLanguageModel:
     def _with_outputs(
         self,
         arguments: Mapping[str, Any],
-        chosen: list[_Chosen],
+        chosen: list[Chosen],
         which: Literal["full", "output"],
         encoders_too: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
@@ -258,7 +211,7 @@ class VisionLanguageModel:
         return made
 
     def _cut(
-        self, arguments: dict[str, Any], chosen: list[_Chosen], positions: Tensor | None
+        self, arguments: dict[str, Any], chosen: list[Chosen], positions: Tensor | None
     ) -> tuple[dict[str, Any], Cut]:
         prompts = arguments["input_ids"]
         kept = [(one.modality.placeholder, one.mask) for one in chosen]
@@ -273,14 +226,14 @@ class VisionLanguageModel:
         placeholders = {modality.placeholder for modality in self._protocol.modalities}
         given = getattr(self.model.config.get_text_config(), "pad_token_id", None)
         candidates = [given, *range(len(placeholders) + 1)]
-        return next(c for c in candidates if c is not None and c not in placeholders)
+        return next(int(c) for c in candidates if c is not None and c not in placeholders)
 
     @staticmethod
     def _compact(arguments: Mapping[str, Any], positions: Tensor | None) -> Tensor:
         """Positions of the shorter prompts, counted anew."""
         if positions is not None:
             raise OptionError('position_ids contradict positions="compact": pass one of them')
-        mask = arguments["attention_mask"].long()
+        mask: Tensor = arguments["attention_mask"].long()
         return (mask.cumsum(-1) - 1).clamp(min=0)
 
     # ------------------------------------------------------------ caches
@@ -302,7 +255,7 @@ class VisionLanguageModel:
             return
         if arguments.get("use_cache") is False:
             raise OptionError(
-                'use_cache=False: without a cache, positions with gaps are read as several packed '
+                "use_cache=False: without a cache, positions with gaps are read as several packed "
                 'prompts; use the cache, or positions="compact"'
             )
         self._refuse_flash()
@@ -364,39 +317,6 @@ def _with_prompts(output: Any, prompts: Tensor, length: int) -> Any:
         return made
     output.sequences = made
     return output
-
-
-def _cut_output(
-    output: Any, counts: list[int], kept: list[Tensor], features: list[Tensor]
-) -> Any:
-    """An encoder's output with the visual tokens that stay, in the form that it had."""
-    starts = [sum(counts[:number]) for number in range(len(counts))]
-    flat = torch.cat([k + start for k, start in zip(kept, starts, strict=True)])
-
-    def cut(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value[flat] if value.dim() > 1 and len(value) == sum(counts) else value
-        if not isinstance(value, (list, tuple)):
-            return value
-        tensors = all(isinstance(x, Tensor) and x.dim() > 1 for x in value)
-        if tensors and [len(x) for x in value] == counts:
-            return type(value)(x[k] for x, k in zip(value, kept, strict=True))
-        return type(value)(cut(x) for x in value)
-
-    made = mapped(output, lambda x: x)
-    for name in list(output.keys()):
-        if name not in ENCODER_FIELDS:
-            made[name] = cut(output[name])
-    if not isinstance(output["pooler_output"], Tensor):
-        made["pooler_output"] = features
-    elif len({len(rows) for rows in features}) == 1:
-        made["pooler_output"] = torch.stack(features)
-    else:
-        raise BrokenInvariantError(
-            "images of one tensor must keep equally many visual tokens: the selector kept "
-            f"{[len(rows) for rows in features]}"
-        )
-    return made
 
 
 def vlm(

@@ -244,7 +244,7 @@ def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(mapped(x, change) for x in value)
     if isinstance(value, Mapping):
-        made = copy.copy(value)
+        made: Any = copy.copy(value)
         for name in value:
             made[name] = mapped(value[name], change)
         return made

@@ -109,11 +109,11 @@ def _from_pixels(cells: Cells, image: Tensor, placed: Tensor | None) -> Raster |
     extent = (high - low).amax(0) + 1
     if extent[0] != 1:
         return None
-    piece = low[:, 0].unique(return_inverse=True)[1]
+    piece = torch.unique(low[:, 0], return_inverse=True)[1]
     row, column = low[:, 1] // extent[1], low[:, 2] // extent[2]
     shape = tuple(int(x.max()) + 1 for x in (piece, row, column))
     places = (piece * shape[1] + row) * shape[2] + column
-    if len(places.unique()) != len(places):
+    if len(torch.unique(places)) != len(places):
         return None
     return Raster((shape[0], shape[1], shape[2]), places)
 
@@ -141,7 +141,7 @@ def _square(cells: Cells, image: Tensor) -> Raster | None:
     sequence, _ = _sequences(cells)
     chosen = torch.zeros(cells.count, dtype=torch.bool, device=image.device)
     chosen[image] = True
-    pieces = len(sequence[cells.tokens[chosen[cells.cells]]].unique())
+    pieces = len(torch.unique(sequence[cells.tokens[chosen[cells.cells]]]))
     for count in dict.fromkeys((pieces, 1)):
         side = math.isqrt(len(image) // count)
         if side * side * count == len(image):

@@ -64,7 +64,8 @@ def _flops(protocol: Protocol, length: int) -> int:
         if isinstance(module, nn.Linear)
     )
     heads, width = _heads(text)
-    return 2 * length * linear + 4 * length * length * heads * width * text.num_hidden_layers
+    layers = int(text.num_hidden_layers)
+    return 2 * length * linear + 4 * length * length * heads * width * layers
 
 
 def _cache_bytes(protocol: Protocol) -> int:

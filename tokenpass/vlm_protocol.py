@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -91,7 +91,8 @@ def protocol_of(model: Any) -> Protocol:
     if not modalities:
         wanted = " or ".join(f"get_{m}_features() with config.{m}_token_id" for m in MODALITIES)
         raise OptionError(f"{name} has no {wanted}")
-    return Protocol(model, modalities, model.get_decoder())
+    decoder: nn.Module = cast(Any, model).get_decoder()
+    return Protocol(model, modalities, decoder)
 
 
 def _modalities(model: Any) -> Iterator[Modality]:

@@ -24,6 +24,13 @@ LAYERS = [
     {"runtime", "streaming", "explain"},
     {"api", "backend"},
     {"latency"},
+    {"vision_attention", "visual_cells", "prompts"},
+    {"visual_grid"},
+    {"visual_tokens"},
+    {"visual_encoder"},
+    {"vlm_protocol"},
+    {"vlm_cost", "visual_choice"},
+    {"vision_language"},
     {"__init__"},
 ]
 """From the bottom up: a module imports from its own layer or from those below it."""

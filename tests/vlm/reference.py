@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.vlm.families import IMAGE
+from tests.vlm.models import IMAGE, VIDEO
 
 
 def staying(inputs: Mapping[str, Any], kept: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
@@ -49,8 +49,8 @@ def masked_logits(model: Any, inputs: Mapping[str, Any], stay: Tensor) -> list[T
 def masked_greedy(model: Any, inputs: Mapping[str, Any], stay: Tensor, steps: int) -> Tensor:
     """Tokens that the full model chooses greedily where it attends to ``stay`` only.
 
-    Without a cache: every step runs on the whole sequence. Positions are those of generation, where
-    padding on the left does not count.
+    Placeholders are never chosen. Without a cache: every step runs on the whole sequence.
+    Positions are those of generation, where padding on the left does not count.
     """
     grown = {name: value for name, value in inputs.items() if name != "position_ids"}
     mask = stay.long()
@@ -62,15 +62,18 @@ def masked_greedy(model: Any, inputs: Mapping[str, Any], stay: Tensor, steps: in
     shape = inputs["input_ids"].shape
     for _ in range(steps):
         made = {**grown, "attention_mask": mask, "position_ids": positions}
-        token = model(**made, use_cache=False).logits[:, -1:].argmax(-1)
+        logits = model(**made, use_cache=False).logits[:, -1:]
+        logits[..., [IMAGE, VIDEO]] = -torch.inf
+        token = logits.argmax(-1)
         for name, value in grown.items():
             if value.shape[-2:] == shape:
-                more = token if name == "input_ids" else torch.zeros_like(token)
+                more = token if name == "input_ids" else value[:, -1:]
                 grown[name] = torch.cat((value, more), -1)
         shape = grown["input_ids"].shape
         mask = torch.cat((mask, torch.ones_like(token)), 1)
         positions = torch.cat((positions, positions[..., -1:] + 1), -1)
-    return grown["input_ids"][:, -steps:]
+    sequences: Tensor = grown["input_ids"]
+    return sequences[:, -steps:]
 
 
 def _first_position(model: Any) -> int:

@@ -11,6 +11,7 @@ import torch
 
 import tokenpass
 from tests.vlm.families import FAMILIES, prompts
+from tests.vlm.models import IMAGE, VIDEO
 from tests.vlm.reference import masked_greedy, masked_logits, staying
 from tokenpass import HiPrune
 
@@ -20,6 +21,12 @@ BATCHES = [[1], [2], [1, 0, 2], [0]]
 TOLERANCE = 1e-4
 
 STEPS = 20
+
+GREEDY: dict[str, Any] = {
+    "max_new_tokens": STEPS,
+    "do_sample": False,
+    "suppress_tokens": [IMAGE, VIDEO],
+}
 
 
 @cache
@@ -77,8 +84,7 @@ def test_full_budget_equals_the_model(name: str, keep: float) -> None:
     model, inputs = model_of(name), prompts(FAMILIES[name], [1, 0, 2])
     fast = tokenpass.vlm(model, HiPrune(keep=keep))
     assert (fast(**inputs).logits - model(**inputs).logits).abs().max() <= 1e-5
-    options = {"max_new_tokens": STEPS, "do_sample": False}
-    assert torch.equal(fast.generate(**inputs, **options), model.generate(**inputs, **options))
+    assert torch.equal(fast.generate(**inputs, **GREEDY), model.generate(**inputs, **GREEDY))
 
 
 @each
@@ -87,7 +93,7 @@ def test_greedy_generation_equals_the_masked_model(name: str) -> None:
     model, numbers = model_of(name), [1, 0, 2]
     inputs = prompts(FAMILIES[name], numbers)
     fast = tokenpass.vlm(model, HiPrune(keep=0.3))
-    found = fast.generate(**inputs, max_new_tokens=STEPS, do_sample=False)
+    found = fast.generate(**inputs, **GREEDY)
     assert torch.equal(found[:, :-STEPS], inputs["input_ids"])
     counts = counts_of(name, numbers)
     stay = staying(inputs, kept_by_image(fast, counts), counts)
