@@ -113,9 +113,11 @@ class VisionLanguageModel:
                 return self.model(**arguments)
             return self._continue(arguments, state)
         self._refuse_started(kwargs.get("past_key_values"))
+        self._refuse_flash()
         chosen = self._choose(arguments)
         if self._keeps_all(chosen, arguments):
             return self.model(**self._with_outputs({}, chosen, "output", encoders_too=arguments))
+        cut = self._cut(arguments, chosen)
         full = self._without_pixels(arguments)
         if self._positions == "compact" or full.get("position_ids") is not None:
             positions = full.get("position_ids")
@@ -123,9 +125,7 @@ class VisionLanguageModel:
             positions = forward_positions(
                 self._protocol, self._with_outputs(full, chosen, "full", encoders_too=arguments)
             )
-        made, cut = self._cut(full, chosen, positions)
-        if self._positions == "compact":
-            made["position_ids"] = self._compact(made, positions)
+        made = self._applied(cut, full, positions)
         output = self.model(**self._with_outputs(made, chosen, "output"))
         self._remember(output, cut, arguments, made.get("position_ids"))
         return output
@@ -146,13 +146,11 @@ class VisionLanguageModel:
         if self._keeps_all(chosen, arguments):
             made = self._with_outputs({}, chosen, "output", encoders_too=arguments)
             return self.model.generate(**made)
+        cut = self._cut(arguments, chosen)
         positions = kwargs.get("position_ids")
         if positions is None and self._positions == "original":
             positions = generation_positions(self._protocol, arguments)
-        full = self._without_pixels(arguments)
-        made, _ = self._cut(full, chosen, positions)
-        if self._positions == "compact":
-            made["position_ids"] = self._compact(made, positions)
+        made = self._applied(cut, self._without_pixels(arguments), positions)
         before, after = arguments["input_ids"], made["input_ids"]
         for limit in ("max_length", "min_length"):
             if made.get(limit) is not None:
@@ -182,10 +180,7 @@ class VisionLanguageModel:
         """Whether the budget was enough for everything, so that the prompts stay as they are."""
         if self._positions == "compact" or not all(bool(one.mask.all()) for one in chosen):
             return False
-        kept = [(one.modality.placeholder, one.mask) for one in chosen]
-        prompts = arguments["input_ids"]
-        cut = cut_prompts(prompts, None, kept)
-        self._last = (chosen, prompt_stats(self._protocol, prompts, cut, kept))
+        self._cut({**arguments, "attention_mask": None}, chosen)
         return True
 
     def _without_pixels(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -210,16 +205,21 @@ class VisionLanguageModel:
         made[PRECOMPUTED] = {one.modality.name: getattr(one, which) for one in chosen}
         return made
 
-    def _cut(
-        self, arguments: dict[str, Any], chosen: list[Chosen], positions: Tensor | None
-    ) -> tuple[dict[str, Any], Cut]:
+    def _cut(self, arguments: Mapping[str, Any], chosen: list[Chosen]) -> Cut:
         prompts = arguments["input_ids"]
         kept = [(one.modality.placeholder, one.mask) for one in chosen]
         cut = cut_prompts(prompts, arguments.get("attention_mask"), kept)
-        full = {**arguments, "position_ids": positions}
-        made = cut_arguments(full, cut, self._pad_token())
         self._last = (chosen, prompt_stats(self._protocol, prompts, cut, kept))
-        return made, cut
+        return cut
+
+    def _applied(
+        self, cut: Cut, arguments: Mapping[str, Any], positions: Tensor | None
+    ) -> dict[str, Any]:
+        """The arguments of the shorter prompts, with their positions."""
+        made = cut_arguments({**arguments, "position_ids": positions}, cut, self._pad_token())
+        if self._positions == "compact":
+            made["position_ids"] = self._compact(made, positions)
+        return made
 
     def _pad_token(self) -> int:
         """Any token that is no placeholder: what is padded is masked."""
@@ -251,9 +251,7 @@ class VisionLanguageModel:
 
     def _refuse_packing(self, arguments: Mapping[str, Any]) -> None:
         """Positions with gaps and no mask would be read as several sequences in one."""
-        if self._positions == "compact":
-            return
-        if arguments.get("use_cache") is False:
+        if self._positions == "original" and arguments.get("use_cache") is False:
             raise OptionError(
                 "use_cache=False: without a cache, positions with gaps are read as several packed "
                 'prompts; use the cache, or positions="compact"'
@@ -262,7 +260,9 @@ class VisionLanguageModel:
 
     def _refuse_flash(self) -> None:
         text = self.model.config.get_text_config()
-        if "flash" in str(getattr(text, "_attn_implementation", "")):
+        if self._positions == "original" and "flash" in str(
+            getattr(text, "_attn_implementation", "")
+        ):
             raise OptionError(
                 "flash attention reads positions with gaps as several packed prompts: use "
                 'attn_implementation="sdpa", or positions="compact"'

@@ -13,10 +13,10 @@ import tokenpass
 from tests.vlm.families import FAMILIES, prompts
 from tokenpass import HiPrune
 
-LAYERS = {"object_layer": 2, "deep_layer": 3}
-"""Counted from 1; all families here have features that depend on both."""
+LAYERS = (2, 3)
+"""Object layer and deep layer, counted from 1; all families here have features that depend on both."""
 
-METHOD = HiPrune(keep=0.4, alpha=0.6, **LAYERS)
+METHOD = HiPrune(keep=0.4, alpha=0.6, object_layer=LAYERS[0], deep_layer=LAYERS[1])
 
 Cells = Callable[[Tensor], Tensor]
 
@@ -65,7 +65,7 @@ def test_kept_tokens_are_those_of_the_maps(name: str) -> None:
         encoder.set_attn_implementation("eager")
         pixels = inputs["pixel_values"].flatten(0, -4)
         maps = encoder(pixels, output_attentions=True).attentions
-    first, deep = (cells(received(maps[number - 1])) for number in LAYERS.values())
+    first, deep = (cells(received(maps[number - 1])) for number in LAYERS)
     side = int(first.shape[1] ** 0.5)
     assert torch.equal(kept, tokenpass.select(METHOD, first, deep, (side, side)))
 
@@ -90,7 +90,7 @@ def test_packed_images_are_scored_alone(name: str) -> None:
         hook.remove()
     assert len(maps) == 2 * len(seen), "each layer attends image by image"
     for image, (_, height, width) in enumerate(inputs["image_grid_thw"].tolist()):
-        first, deep = (quads(received(maps[2 * (n - 1) + image])) for n in LAYERS.values())
+        first, deep = (quads(received(maps[2 * (n - 1) + image])) for n in LAYERS)
         wanted = tokenpass.select(METHOD, first, deep, (height // 2, width // 2))
         assert torch.equal(fast.kept()[image], wanted[0])
 
