@@ -1,5 +1,6 @@
 """Token reduction for vision transformers as a ``torch.compile`` backend."""
 
+from tokenpass import selectors
 from tokenpass.api import (
     BlockStats,
     Stats,
@@ -50,6 +51,7 @@ __all__ = [
     "report",
     "reset",
     "select",
+    "selectors",
     "set_budget",
     "state_dict",
     "stats",

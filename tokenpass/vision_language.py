@@ -259,10 +259,8 @@ class VisionLanguageModel:
         self._refuse_flash()
 
     def _refuse_flash(self) -> None:
-        text = self.model.config.get_text_config()
-        if self._positions == "original" and "flash" in str(
-            getattr(text, "_attn_implementation", "")
-        ):
+        kind = str(getattr(self.model.config.get_text_config(), "_attn_implementation", ""))
+        if self._positions == "original" and "flash" in kind:
             raise OptionError(
                 "flash attention reads positions with gaps as several packed prompts: use "
                 'attn_implementation="sdpa", or positions="compact"'

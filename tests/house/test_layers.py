@@ -9,7 +9,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = {"tokenpass": "tokenpass", "passes": "tokenpass.passes", "patterns": "tokenpass.patterns"}
+FOLDERS = {
+    "tokenpass": "tokenpass",
+    "passes": "tokenpass.passes",
+    "patterns": "tokenpass.patterns",
+    "tokenpass/selectors": "tokenpass.selectors",
+}
 
 LAYERS = [
     {"errors", "dims", "kernels", "torch_internals"},
@@ -27,6 +32,7 @@ LAYERS = [
     {"vision_attention", "visual_cells", "prompts"},
     {"visual_grid"},
     {"visual_tokens"},
+    {"selectors"},
     {"visual_encoder"},
     {"vlm_protocol"},
     {"vlm_cost", "visual_choice"},

@@ -14,7 +14,7 @@ from tests.vlm.families import FAMILIES, prompts
 from tokenpass import HiPrune
 
 LAYERS = (2, 3)
-"""Object layer and deep layer, counted from 1; all families here have features that depend on both."""
+"""Object layer and deep layer, counted from 1; the features here depend on both."""
 
 METHOD = HiPrune(keep=0.4, alpha=0.6, object_layer=LAYERS[0], deep_layer=LAYERS[1])
 
