@@ -102,7 +102,7 @@ def test_divprune_takes_the_farthest(seed: int) -> None:
     """Breaks if a token is next that has a chosen one nearer than another token has."""
     given, budget = tokens(10, seed), 4
     unit = normalize(given.features, dim=1)
-    apart = (1 - unit @ unit.T).tolist()
+    apart: list[list[float]] = (1 - unit @ unit.T).tolist()
 
     def nearest(token: int, among: Iterable[int]) -> float:
         return min(apart[token][other] for other in among if other != token)
