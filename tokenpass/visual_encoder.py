@@ -127,7 +127,7 @@ class VisualEncoder:
         layers = list(watch.layers.values())
         last = layers[self._deep - 1]
         if known is None:
-            known = self._structure(features, last, inputs)
+            known = self._structure(features, layers[: self._deep], inputs)
             self._known[key] = known
             if not torch.is_grad_enabled() or all(start.is_leaf for start in last.outputs):
                 output, features = detached(output), [x.detach() for x in features]
@@ -138,11 +138,11 @@ class VisualEncoder:
         return self._gathered(output, features, known, scores, layers[deep - 1])
 
     def _structure(
-        self, features: Sequence[Tensor], last: Layer, inputs: Mapping[str, Any]
+        self, features: Sequence[Tensor], layers: Sequence[Layer], inputs: Mapping[str, Any]
     ) -> Structure:
         with torch.inference_mode(False), torch.enable_grad():
-            cells = find_cells(torch.cat(list(features)), last.outputs)
-        if last.crossed:
+            cells = find_cells(torch.cat(list(features)), layers[-1].outputs)
+        if any(layer.crossed for layer in layers):
             raise TokenpassError(
                 "visual tokens come out of a resampler, whose queries are no image tokens: no "
                 "attention among image tokens ranks them"
