@@ -127,7 +127,8 @@ class VisionLanguageModel:
             )
         made = self._applied(cut, full, positions)
         output = self.model(**self._with_outputs(made, chosen, "output"))
-        self._remember(output, cut, arguments, made.get("position_ids"))
+        counted = made.get("position_ids") if positions is None else positions
+        self._remember(output, cut, arguments, counted)
         return output
 
     def generate(self, input_ids: Tensor | None = None, **kwargs: Any) -> Any:
@@ -168,6 +169,9 @@ class VisionLanguageModel:
             raise OptionError("pass input_ids: embeddings do not show where the placeholders are")
         if arguments.get(PRECOMPUTED) is not None:
             raise OptionError(f"{PRECOMPUTED}: pass pixels, whose attention ranks the tokens")
+        mask = arguments.get("attention_mask")
+        if mask is not None and getattr(mask, "shape", None) != arguments["input_ids"].shape:
+            raise OptionError("attention_mask must be (B, L), as input_ids are: others are not cut")
         return True
 
     def _choose(self, arguments: Mapping[str, Any]) -> list[Chosen]:

@@ -9,6 +9,7 @@ about one architecture, and nothing is imported.
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -139,8 +140,11 @@ class _SeenError(Exception):
 
 @contextmanager
 def _stopping_at(decoder: nn.Module) -> Iterator[None]:
+    thread = threading.get_ident()
+
     def stop(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        raise _SeenError(kwargs)
+        if threading.get_ident() == thread:
+            raise _SeenError(kwargs)
 
     hook = decoder.register_forward_pre_hook(stop, with_kwargs=True)
     try:

@@ -63,6 +63,32 @@ def test_steps_with_a_cache(name: str) -> None:
     assert (found.logits - expected).abs().max() <= 1e-4
 
 
+def test_padding_on_the_right() -> None:
+    """Breaks if the padded side changes, or a step behind padding is counted from the padding."""
+    model, numbers = model_of("llava"), [1, 2]
+    inputs = prompts(FAMILIES["llava"], numbers)
+    order = inputs["attention_mask"].argsort(dim=1, descending=True, stable=True)
+    for name in ("input_ids", "attention_mask"):
+        inputs[name] = inputs[name].gather(1, order)
+    fast = tokenpass.vlm(model, HiPrune(keep=0.3))
+    token = torch.tensor([[5], [6]])
+    with torch.no_grad():
+        first = fast(**inputs)
+        stay = stays(fast, "llava", inputs, numbers)
+        for row, expected in zip(first.logits, masked_logits(model, inputs, stay), strict=True):
+            assert (row[: len(expected)] - expected).abs().max() <= 1e-4
+        mask = torch.cat((inputs["attention_mask"], torch.ones_like(token)), 1)
+        found = fast(
+            input_ids=token, past_key_values=first.past_key_values, attention_mask=mask
+        ).logits
+        full = {
+            **inputs,
+            "input_ids": torch.cat((inputs["input_ids"], token), 1),
+            "attention_mask": torch.cat((stay.long(), torch.ones_like(token)), 1),
+        }
+        assert (found[:, -1] - model(**full).logits[:, -1]).abs().max() <= 1e-4
+
+
 @pytest.mark.parametrize("name", SOME)
 def test_caches_beams_and_samples(name: str) -> None:
     """Breaks if a way of generating uses positions or features of other rows."""
@@ -282,6 +308,8 @@ def test_refusals_name_what_is_missing() -> None:
         fast(pixel_values=inputs["pixel_values"], inputs_embeds=torch.zeros(1, 4, 32))
     with pytest.raises(OptionError, match="64 visual tokens"):
         fast(input_ids=inputs["input_ids"][:, :40], pixel_values=inputs["pixel_values"])
+    with pytest.raises(OptionError, match=r"attention_mask must be \(B, L\)"):
+        fast(**{**inputs, "attention_mask": torch.ones(1, 1, 4, 4)})
     too_deep = tokenpass.vlm(model_of("llava"), HiPrune(keep=0.5, deep_layer=4))
     with pytest.raises(OptionError, match="first 3 of 4 attention layers"):
         too_deep(**inputs)
