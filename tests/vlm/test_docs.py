@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -40,3 +42,9 @@ def test_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].endswith("3/3")
     assert "64/576" in lines[4]
+
+
+def test_importing_needs_no_model_library() -> None:
+    """Breaks if tokenpass cannot be used without the optional library."""
+    code = "import sys, tokenpass; sys.exit('transformers' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
