@@ -1,5 +1,6 @@
 """Token reduction for vision transformers as a ``torch.compile`` backend."""
 
+from tokenpass import selectors
 from tokenpass.api import (
     BlockStats,
     Stats,
@@ -25,6 +26,7 @@ from tokenpass.latency import LatencyTarget
 from tokenpass.methods import Eventful, HiPrune
 from tokenpass.report import Refusal, Report
 from tokenpass.selection import select
+from tokenpass.vision_language import VisionLanguageModel, vlm
 
 __version__ = "0.1.0"
 
@@ -41,6 +43,7 @@ __all__ = [
     "Stats",
     "TokenpassError",
     "TokenpassWarning",
+    "VisionLanguageModel",
     "backend",
     "explain",
     "kept",
@@ -48,8 +51,10 @@ __all__ = [
     "report",
     "reset",
     "select",
+    "selectors",
     "set_budget",
     "state_dict",
     "stats",
     "stream",
+    "vlm",
 ]

@@ -9,7 +9,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = {"tokenpass": "tokenpass", "passes": "tokenpass.passes", "patterns": "tokenpass.patterns"}
+FOLDERS = {
+    "tokenpass": "tokenpass",
+    "passes": "tokenpass.passes",
+    "patterns": "tokenpass.patterns",
+    "tokenpass/selectors": "tokenpass.selectors",
+}
 
 LAYERS = [
     {"errors", "dims", "kernels", "torch_internals"},
@@ -24,6 +29,14 @@ LAYERS = [
     {"runtime", "streaming", "explain"},
     {"api", "backend"},
     {"latency"},
+    {"vision_attention", "visual_cells", "prompts"},
+    {"visual_grid"},
+    {"visual_tokens"},
+    {"selectors"},
+    {"visual_encoder"},
+    {"vlm_protocol"},
+    {"vlm_cost", "visual_choice"},
+    {"vision_language"},
     {"__init__"},
 ]
 """From the bottom up: a module imports from its own layer or from those below it."""
