@@ -160,15 +160,16 @@ def symbolic_size(mode: FakeTensorMode, expression: sympy.Expr) -> int | torch.S
 
 def specialise(inputs: Iterable[Any], symbols: Collection[sympy.Symbol]) -> None:
     """Compile for the values that some symbols have now; other values compile anew."""
-    sizes = [
-        size
-        for value in inputs
-        for size in (value.shape if isinstance(value, torch.Tensor) else [value])
-        if isinstance(size, torch.SymInt)
-    ]
-    for size in sizes:
-        if size.node.expr.free_symbols & set(symbols):
-            int(size)
+    for value in inputs:
+        for size in symbolic_sizes(value):
+            if size.node.expr.free_symbols & set(symbols):
+                int(size)
+
+
+def symbolic_sizes(value: Any) -> list[torch.SymInt]:
+    """The sizes of an input (or the input itself, if it is a number) that are no numbers."""
+    sizes = value.shape if isinstance(value, torch.Tensor) else [value]
+    return [size for size in sizes if isinstance(size, torch.SymInt)]
 
 
 def size_hint(mode: FakeTensorMode, expression: sympy.Expr) -> int:
