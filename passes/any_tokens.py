@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from tokenpass.blocks import Block, Found, Mlp, NoMatch
+from tokenpass.blocks import Block, Found, Mlp, NoMatch, Residual
 from tokenpass.facts import Facts
 from tokenpass.gating import Region
 from tokenpass.graph import ancestors
@@ -57,7 +57,11 @@ def around_any_tokens(
         facts, images, channels, stream, pinned, constants, with_norms=with_norms
     )
     mlps = [m for m in mlp.find_mlps(facts, tokens, stream) if isinstance(m, Mlp)]
-    blocks = block.find_blocks(found.attentions, mlps, residuals, sets)
+
+    def sum_behind(source: fx.Node) -> Residual | None:
+        return residual.sum_behind(facts, tokens, sets, source)
+
+    blocks = block.find_blocks(found.attentions, mlps, residuals, sets, sum_behind)
     return Surroundings(
         regions,
         mlps,

@@ -26,6 +26,7 @@ from tokenpass.passes.cost import token_symbol
 from tokenpass.passes.functionalise import written_values
 from tokenpass.passes.gate_cost import row_work
 from tokenpass.passes.plan_pruning import PATTERN, check_layers, schedule_of
+from tokenpass.patterns.residual import SUMS
 from tokenpass.rows import RowLayout
 from tokenpass.selection import token_budget
 
@@ -141,7 +142,10 @@ class _Planner:
         A token that was discarded keeps its value then; what else reads it would see nothing.
         """
         added = {
-            (item.branch, item.out) for block in self.blocks for item in block.residuals
+            (item.branch, item.out)
+            for block in self.blocks
+            for item in block.residuals
+            if item.out.target in SUMS
         }
         return all((node, user) in added for node in region.outputs for user in node.users)
 

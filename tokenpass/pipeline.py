@@ -332,6 +332,9 @@ def _with_partial(
     numbers = _for_these_sizes(analysis, module, inputs)
     partly = replace(plan_partly(numbers, method, always=always), batch=numbers.batch_inputs())
     if partly.plan is None:
+        if planned.plan is None:
+            why = partly.report.refusals[-1]
+            planned = replace(planned, report=refused(planned.report, why))
         return analysis, planned
     if planned.plan is None or _cheaper_partly(analysis, numbers, method):
         return numbers, partly
