@@ -109,7 +109,9 @@ def place_of(dims: Dims, factor: Factor, ordinal: int) -> int:
 def _product(facts: Facts, walk: _Walk, value: fx.Node) -> Scores | NoMatch | None:
     """Queries and keys if the product is theirs; ``None`` after a step over talking heads."""
     node = walk.node
-    left, right = operands(node)[-2:] if node.target in PRODUCTS else operands(node)[:2]
+    if node.target not in PRODUCTS:
+        return _projected(facts, walk, value)
+    left, right = operands(node)[-2:]
     rank, place = len(facts.dims(node)), walk.place(facts.dims(node))
     key, query = (right, left) if place == rank - 1 else (left, right)
     learned = not _is_data(facts.dims(query))
@@ -119,15 +121,30 @@ def _product(facts: Facts, walk: _Walk, value: fx.Node) -> Scores | NoMatch | No
         return None
     if node.target is aten.baddbmm.default:
         _added_in_product(walk, place)
-    elif node.target not in PRODUCTS:
-        reason = "the scores are a projection of the tokens, no product of queries and keys"
-        return NoMatch(PATTERN, reason, (node,))
     query_place = rank - 2 if place == rank - 1 else rank - 1
     query_dim = facts.dims(node)[query_place] if rank > 1 else ()
     inner = {left: len(facts.dims(left)) - 1, right: max(0, len(facts.dims(right)) - 2)}
     channel = (inner[query], inner[key])
     masks = tuple(walk.masks)
     return Scores(query, key, channel, walk.scale, masks, query_dim, walk.plain)
+
+
+def _projected(facts: Facts, walk: _Walk, value: fx.Node) -> NoMatch | None:
+    """Step over heads that are mixed by a linear layer or a 1x1 convolution.
+
+    Such a layer keeps the order of all other dimensions, so the keys stay the same in number.
+    """
+    node = walk.node
+    data = [source for source in operands(node) if _is_data(facts.dims(source))]
+    times = count_of(facts.dims(node), walk.factor)
+    if len(data) == 1 and count_of(facts.dims(data[0]), walk.factor) == times:
+        keeps = walk.factor.axis not in facts.effects[node].mixed
+        if keeps and _data_rank(facts, data[0]) > _data_rank(facts, value):
+            walk.plain = False
+            walk.node = data[0]
+            return None
+    reason = "the scores are a projection of the tokens, no product of queries and keys"
+    return NoMatch(PATTERN, reason, (node,))
 
 
 def _added_in_product(walk: _Walk, place: int) -> None:

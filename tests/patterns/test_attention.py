@@ -185,6 +185,9 @@ NOT_PLAIN: dict[str, Attend] = {
         ).permute(0, 3, 1, 2)
         @ v
     ),
+    "talking heads by convolution": lambda q, k, v: (
+        functional.conv2d((q @ k.mT), (torch.eye(HEADS) + 0.5)[..., None, None]).softmax(-1) @ v
+    ),
     "probabilities changed": lambda q, k, v: (q @ k.mT).softmax(-1).square() @ v,
 }
 
