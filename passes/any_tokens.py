@@ -61,7 +61,7 @@ def around_any_tokens(
     def sum_behind(source: fx.Node) -> Residual | None:
         return residual.sum_behind(facts, tokens, sets, source)
 
-    blocks = block.find_blocks(found.attentions, mlps, residuals, sets, sum_behind)
+    blocks = block.find_blocks(found.attentions, mlps, residuals, sets, sum_behind, loose=True)
     return Surroundings(
         regions,
         mlps,

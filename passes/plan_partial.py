@@ -77,11 +77,24 @@ class _Planner:
         self.regions = regions
         self.layout = regions[0].layout
         self.fixed = regions[0].fixed
-        self.blocks = [block for block in blocks if self._over(block)]
         self.order = {node: place for place, node in enumerate(facts.graph.nodes)}
+        self.sets = ancestors(facts.graph)
+        found = [(block, self._cut_of(block)) for block in blocks]
+        self.blocks = [block for block, at in found if at is not None]
+        self.places = [at for _, at in found if at is not None]
 
-    def _over(self, block: Block) -> bool:
-        return self._carries(block.residuals[0].out)
+    def _cut_of(self, block: Block) -> fx.Node | None:
+        """Where tokens may leave in a block: at its first addition, if that has these tokens.
+
+        Without any it is what the next region reads of the attention.
+        """
+        if block.residuals:
+            at = block.residuals[0].out
+            return at if self._carries(at) else None
+        inside = {node for region in self.regions for node in region.nodes}
+        reads = (node for region in self.regions for node in region.inputs)
+        behind = (n for n in reads if depends(self.sets, n, block.out) and n not in inside)
+        return next((node for node in behind if self._carries(node)), None)
 
     def _carries(self, node: fx.Node) -> bool:
         outs = self.facts.effects[node].outs
@@ -103,7 +116,7 @@ class _Planner:
         left = patches
         for layer, keep in schedule_of(self.method, len(self.blocks), patches):
             left = min(left, token_budget(keep, patches))
-            at = self.blocks[layer - 1].residuals[0].out
+            at = self.places[layer - 1]
             cuts.append(Cut(len(cuts) + 1, layer, at, left))
         written = written_values(self.facts.graph)
         pinned = [cut.at for cut in cuts if cut.at in written]
@@ -119,7 +132,6 @@ class _Planner:
 
     def _behind(self, cuts: Sequence[Cut]) -> list[tuple[Region, int]]:
         """The regions behind a cut, each with the number of the last cut before it."""
-        sets = ancestors(self.facts.graph)
         chosen: list[tuple[Region, int]] = []
         for region in self.regions:
             if not (self.method.merges or self._is_branch(region)):
@@ -129,7 +141,7 @@ class _Planner:
                 cut.number
                 for cut in cuts
                 if self.order[cut.at] < start
-                and all(depends(sets, node, cut.at) for node in region.outputs)
+                and all(depends(self.sets, node, cut.at) for node in region.outputs)
             ]
             if before:
                 same_order = replace(region, layout=self.layout)

@@ -296,13 +296,17 @@ def original_module(compiled: Any) -> torch.nn.Module | None:
 class AttentionCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts softmax and fused attention operators that run eagerly."""
 
+    supports_higher_order_operators = True
+
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.attentions = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name
-        self.attentions += "scaled_dot_product" in name or name == "aten::_softmax"
+        schema = getattr(func, "_schema", None)
+        name = func.name() if schema is None else schema.name
+        fused = "scaled_dot_product" in name or name == "flex_attention"
+        self.attentions += fused or name == "aten::_softmax"
         return func(*args, **(kwargs or {}))
 
 
