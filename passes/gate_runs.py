@@ -17,6 +17,7 @@ from tokenpass.passes.graph_run import GraphRun
 from tokenpass.passes.update_attention import AttentionUpdates
 from tokenpass.state import StateTable
 
+
 class GateRun(GraphRun):
     """Runs the original graph with the state of a stream."""
 

@@ -8,7 +8,6 @@ from tokenpass.dims import Axis, Dims, Kind, axes_of, is_data, same
 from tokenpass.facts import Facts, What
 from tokenpass.graph import operands, values_of
 
-
 FEWEST_DIMENSIONS = 3
 """Of a value that has images, tokens and channels."""
 

@@ -131,7 +131,7 @@ class _Run(GraphRun):
         wide = patches.float()
         if self.plan.method.ranking == "random":
             return torch.rand_like(wide[:, :, 0])
-        return (wide - wide.mean(1, keepdim=True)).norm(dim=2)
+        return torch.linalg.vector_norm(wide - wide.mean(1, keepdim=True), dim=2)
 
     def _those_left(
         self, before: _Left | None, kept: Tensor, owner: Tensor, safe: Tensor, places: Tensor

@@ -2,9 +2,9 @@
 
 A block begins with the addition of an attention and takes the additions of MLPs up to the next one.
 Covered: pre-norm, post-norm and sandwich norms, LayerScale, attention and MLP side by side, several
-attentions side by side, a block without an MLP; where it is asked for, an attention that is added to
-a stream which was projected or pooled on the way, and one that is added to nothing. Not covered: MLPs
-behind the latter.
+attentions side by side, a block without an MLP; where it is asked for, an attention that is added
+to a stream which was projected or pooled on the way, and one that is added to nothing. Not covered:
+MLPs behind the latter.
 """
 
 from __future__ import annotations

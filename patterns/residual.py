@@ -1,9 +1,9 @@
 """Additions to the residual stream: ``out = skip + branch``, the branch computed from the skip.
 
-Covered: ``add`` and ``addcmul`` in either order; ``lerp`` between skip and branch; a scaled skip, and
-one that is a piece of what the branch is computed from (one of several streams); branches side by
-side on one stream (``x + attention(x) + mlp(x)``). Not covered: sums whose parts do not depend on
-one another (rotary embeddings, a position table).
+Covered: ``add`` and ``addcmul`` in either order; ``lerp`` between skip and branch; a scaled skip,
+and one that is a piece of what the branch is computed from (one of several streams); branches side
+by side on one stream (``x + attention(x) + mlp(x)``). Not covered: sums whose parts do not depend
+on one another (rotary embeddings, a position table).
 """
 
 from __future__ import annotations

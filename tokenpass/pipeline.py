@@ -185,9 +185,7 @@ def _needs_all_tokens(analysis: Analysis) -> bool:
     return bool(found.attentions) and 2 * len(found.over_grid) < len(found.attentions)
 
 
-def _for_these_sizes(
-    analysis: Analysis, module: fx.GraphModule, inputs: Sequence[Any]
-) -> Analysis:
+def _for_these_sizes(analysis: Analysis, module: fx.GraphModule, inputs: Sequence[Any]) -> Analysis:
     """The analysis of a graph in which every size, the batch too, is the number that it has now."""
     sizes = [x for value in analysis.captured.inputs for x in internals.symbolic_sizes(value)]
     symbols = {symbol for size in sizes for symbol in expression(size).free_symbols}

@@ -93,9 +93,7 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
 
 
 def compiled(model: nn.Module, **options: Any) -> Any:
-    backend = tokenpass.backend(
-        tokenpass.HiPrune(**options), inner="eager", always_rewrite=True
-    )
+    backend = tokenpass.backend(tokenpass.HiPrune(**options), inner="eager", always_rewrite=True)
     return torch.compile(model, backend=backend)
 
 

@@ -124,7 +124,8 @@ def test_one_stream_of_two() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             both = self.mix @ x.unsqueeze(-2)  # (B, N, 2, C)
-            return both[..., 0, :] + self.attention(self.norm(both[..., 1, :]))
+            out: Tensor = both[..., 0, :] + self.attention(self.norm(both[..., 1, :]))
+            return out
 
     traced = trace(tiny.Encoder([Streams()]), tiny.images())
     (residual,) = traced.found.residuals
