@@ -3,9 +3,9 @@
     python -m benchmarks.coverage --zoo FOLDER [--only REGEX] [--sample N] [--plan-only] [--fresh]
 
 ``FOLDER`` (or the environment variable ``TOKENPASS_ZOO``) holds ``zoo.py`` with the list ``ZOO``
-and ``zoo.csv`` with what a probe saw in each. Results are kept as they come, so a run that was stopped
-goes on where it was; ``--fresh`` measures again. Writes docs/coverage.md after a run over the whole
-zoo.
+and ``zoo.csv`` with what a probe saw in each. Results are kept as they come, so a run that was
+stopped goes on where it was; ``--fresh`` measures again. Writes docs/coverage.md after a run over
+the whole zoo.
 """
 
 from __future__ import annotations
