@@ -8,16 +8,13 @@ from tokenpass.dims import Axis, Dims, Kind, axes_of, is_data, same
 from tokenpass.facts import Facts, What
 from tokenpass.graph import operands, values_of
 
-FEWEST_DIMENSIONS = 3
-"""Of a value that has images, tokens and channels."""
-
 
 def image_axes(facts: Facts) -> frozenset[Axis]:
     """The axes of the batch: input axes along which nothing meets up to the last attention.
 
     What comes after it (a loss, an operation that nobody understands) does not matter. Where
     nothing attends, as in the piece of a model behind a graph break, images and tokens look alike:
-    the images are then the first dimension of inputs that have three or more.
+    the first dimension of every input is then taken for the images.
     """
     nodes = list(facts.graph.nodes)
     meeting = (What.SOFTMAX, What.ATTENTION)
@@ -35,7 +32,7 @@ def image_axes(facts: Facts) -> frozenset[Axis]:
     unmixed = _input_axes(facts) - mixed
     if any(facts.effects[n].what in meeting for n in nodes):
         return unmixed
-    return unmixed & axes_of(dims[0] for dims in _inputs(facts) if len(dims) >= FEWEST_DIMENSIONS)
+    return unmixed & axes_of(dims[0] for dims in _inputs(facts) if dims)
 
 
 def channel_axes(facts: Facts) -> frozenset[Axis]:

@@ -79,6 +79,7 @@ class _Run(GraphRun):
         if node in self.region_of:
             region, number = self.region_of[node]
             if any(output not in self.env for output in region.outputs):
+                self.ensure(self.plan.cuts[number - 1].at)
                 self._on_those_left(region, self.left[number])
             return
         self.env[node] = self.compute(node)

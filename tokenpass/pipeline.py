@@ -212,6 +212,11 @@ def plan_partly(analysis: Analysis, method: HiPrune, *, always: bool) -> Rewrite
     changed = replace(
         report,
         converted=True,
+        proof=[
+            f"patch tokens: a grid of {' x '.join(map(str, decided.shape))} positions of the input",
+            f"attention stays on all; {len(decided.regions)} token-wise regions run on fewer",
+            "ranked by their distance from the mean token of the image",
+        ],
         blocks=_partial_blocks(decided),
         cost=partial_cost(facts, decided),
         cost_before=expression(report.flops_before),
