@@ -30,6 +30,11 @@ def additive() -> Tensor:
     return torch.linspace(-1, 1, count * count).reshape(count, count)
 
 
+def relative_to(q: Tensor) -> Tensor:
+    """A bias ``(B, h, N, N)`` that looks like scores but is no product of queries and keys."""
+    return q.sum(-1, keepdim=True) * q.sum(-1).unsqueeze(-2)
+
+
 def allowed() -> Tensor:
     return (additive() < 0.5) | torch.eye(TOKENS + 1, dtype=torch.bool)
 
@@ -126,6 +131,11 @@ PLAIN: dict[str, tuple[Attend, float, int]] = {
     "additive mask": (
         lambda q, k, v: (q @ k.mT * SCALE + additive()).softmax(-1) @ v,
         SCALE,
+        1,
+    ),
+    "bias computed from the queries": (
+        lambda q, k, v: (relative_to(q) + q @ k.mT).softmax(-1) @ v,
+        1.0,
         1,
     ),
     "two masks": (
