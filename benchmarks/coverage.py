@@ -4,8 +4,7 @@
 
 ``FOLDER`` (or the environment variable ``TOKENPASS_ZOO``) holds ``zoo.py`` with the list ``ZOO``
 and ``zoo.csv`` with what a probe saw in each. Results are kept as they come, so a run that was
-stopped goes on where it was; ``--fresh`` measures again. Writes docs/coverage.md after a run over
-the whole zoo.
+stopped goes on where it was; ``--fresh`` measures again. Writes docs/coverage.md.
 """
 
 from __future__ import annotations
@@ -112,8 +111,7 @@ def main() -> None:
             arguments.results.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
             console.print(_line(name, rows[name], seen.get(name, {})), highlight=False)
     worker.stop()
-    if set(names) <= rows.keys():
-        write_page({name: rows[name] for name in names}, seen)
+    write_page({name: rows.get(name, {}) for name in names}, seen)
 
 
 def _line(name: str, row: Row, seen: dict[str, str]) -> str:

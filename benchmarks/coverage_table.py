@@ -26,7 +26,8 @@ brackets what an independent probe saw where it saw another number. *Pruned*, *g
 `HiPrune(keep=0.5)` and `Eventful(keep=0.5)` change. *Error*: the largest difference to eager mode
 at the full budget, relative to the largest value, with `always_rewrite=True, inner="eager"`: for
 pruning of one call, for gating of three frames that differ; empty where the model was only planned.
-An encoder that is left as it is has the error of the graph as it was captured.
+An encoder that is left as it is has the error of the graph as it was captured. The run can be
+stopped and taken up again: what is empty has not been looked at yet.
 """
 
 
@@ -54,15 +55,23 @@ def summary(rows: Rows, seen: Seen) -> str:
         f"* {len(attending)} of {len(rows)} encoders have softmax attention over image tokens."
     ]
     for key, word in (("prune", "pruning"), ("gate", "gating")):
-        converted = [name for name in attending if rows[name].get(key, {}).get("converted")]
-        share = 100 * len(converted) / max(1, len(attending))
-        lines.append(f"* {word} converts a block in {len(converted)} of them ({share:.1f} %).")
+        planned = [name for name in attending if "converted" in rows[name].get(key, {})]
+        converted = [name for name in planned if rows[name][key]["converted"]]
+        share = 100 * len(converted) / max(1, len(planned))
+        lines.append(
+            f"* {word} converts a block in {len(converted)} of the {len(planned)} of them that were"
+            f" looked at ({share:.1f} %); {_compared(rows, key)} encoders were run as well."
+        )
     failed = [name for name, row in rows.items() if _errors(row)]
     lines.append(f"* {len(failed)} encoders failed: {', '.join(failed) or 'none'}.")
     wrong = [name for name, row in rows.items() if _worst(row) > TOLERANCE]
     over = ", ".join(wrong) or "none"
     lines.append(f"* {len(wrong)} have an error above {TOLERANCE:.0e}: {over}.")
     return "\n".join(lines) + "\n"
+
+
+def _compared(rows: Rows, key: str) -> int:
+    return sum("full" in row.get(key, {}) for row in rows.values())
 
 
 def table(rows: Rows, seen: Seen) -> str:
@@ -78,7 +87,7 @@ def refusals(rows: Rows) -> str:
         reasons: dict[str, list[str]] = {}
         for name, row in rows.items():
             part = row.get(key, {})
-            if not part or part.get("converted"):
+            if "converted" not in part or part.get("converted"):
                 continue
             counts = Counter({reason: n for reason, n, *_ in part.get("refusals", [])})
             for reason in counts or ["no linear layer and no attention"]:
