@@ -48,11 +48,12 @@ def plan_partial(
     for region in around.regions:
         key = (frozenset(region.layout.batch), frozenset(region.layout.tokens))
         groups.setdefault(key, []).append(region)
-    plans = [_Planner(facts, group, around.blocks, method).plan() for group in groups.values()]
+    largest_first = sorted(groups.values(), key=len, reverse=True)
+    plans = [_Planner(facts, group, around.blocks, method).plan() for group in largest_first]
     made = [plan for plan in plans if isinstance(plan, PartialPruning)]
     if made or not plans:
         return made or NoMatch(PATTERN, "no linear layer treats every patch token alone", ())
-    return next(plan for plan in reversed(plans) if isinstance(plan, NoMatch))
+    return next(plan for plan in plans if isinstance(plan, NoMatch))
 
 
 def _not_asked_for(method: HiPrune) -> str:
