@@ -86,6 +86,12 @@ def sampled(names: list[str], seen: dict[str, dict[str, str]], count: int) -> li
     return [distinct[int(place * step)] for place in range(min(count, len(distinct)))]
 
 
+def known(row: Row, *, numerics: bool) -> bool:
+    """Whether an encoder was measured before, as far as is asked for."""
+    looked = "error" in row or "prune" in row
+    return looked and (not numerics or "error" in row or "full" in row["prune"] | row["gate"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--zoo", type=Path, default=os.environ.get("TOKENPASS_ZOO"))
@@ -105,7 +111,7 @@ def main() -> None:
     rows = json.loads(arguments.results.read_text()) if arguments.results.exists() else {}
     worker, console = Worker(arguments.zoo / "zoo.py"), Console()
     for name in chosen:
-        if name not in rows or arguments.fresh:
+        if arguments.fresh or not known(rows.get(name, {}), numerics=not arguments.plan_only):
             rows[name] = worker.measure(name, numerics=not arguments.plan_only)
             arguments.results.parent.mkdir(parents=True, exist_ok=True)
             arguments.results.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")

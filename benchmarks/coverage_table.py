@@ -101,8 +101,8 @@ def refusals(rows: Rows) -> str:
 
 def _cells(name: str, row: Mapping[str, Any], seen: Mapping[str, str]) -> list[str]:
     prune, gate = row.get("prune", {}), row.get("gate", {})
-    found, expected = prune.get("attentions", 0), int(seen.get("attn_all_graphs") or 0)
-    attentions = str(found) if found == expected else f"{found} ({expected})"
+    found, expected = (prune or gate).get("attentions", ""), seen.get("attn_all_graphs") or "0"
+    attentions = str(found) if str(found) in ("", expected) else f"{found} ({expected})"
     return [
         name,
         attentions,

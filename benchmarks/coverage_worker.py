@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import tokenpass
 from tokenpass.errors import TokenpassWarning
+from tokenpass.graph import short_place
 from tokenpass.report import GraphReport, Report
 
 SEED = 0
@@ -150,7 +151,7 @@ def converted_blocks(graph: GraphReport) -> int:
 def _refusals(report: Report) -> list[list[Any]]:
     counted = Counter(item.reason[:MESSAGE] for item in report.refusals)
     first = {item.reason[:MESSAGE]: item for item in reversed(report.refusals)}
-    return [[r, n, first[r].node, first[r].place[-80:]] for r, n in counted.most_common()]
+    return [[r, n, first[r].node, short_place(first[r].place)] for r, n in counted.most_common()]
 
 
 # ------------------------------------------------------------ numbers
