@@ -132,7 +132,8 @@ class _Run(GraphRun):
         wide = patches.float()
         if self.plan.method.ranking == "random":
             return torch.rand_like(wide[:, :, 0])
-        return torch.linalg.vector_norm(wide - wide.mean(1, keepdim=True), dim=2)
+        distance: Tensor = torch.linalg.vector_norm(wide - wide.mean(1, keepdim=True), dim=2)
+        return distance
 
     def _those_left(
         self, before: _Left | None, kept: Tensor, owner: Tensor, safe: Tensor, places: Tensor
