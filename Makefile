@@ -1,10 +1,11 @@
 PYTHON ?= python3
 VENV ?= .venv
+ZOO ?= ../shared
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help demo demo-video test quick coverage lint bench study clean
+.PHONY: help demo demo-video test quick coverage lint bench study zoo clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/	/'
@@ -26,6 +27,10 @@ $(VENV)/test: $(VENV)/base
 
 $(VENV)/bench: $(VENV)/test
 	$(PIP) --editable '.[bench]'
+	@touch $@
+
+$(VENV)/zoo: $(VENV)/test
+	$(PIP) --editable '.[zoo]'
 	@touch $@
 
 demo: $(VENV)/demo  ## Prune a pretrained vision transformer on a photograph (writes demo.png)
@@ -55,6 +60,9 @@ study: $(VENV)/bench  ## Accuracy and saliency on labelled images; needs the wei
 	$(BIN)/python -m benchmarks.accuracy --time
 	$(BIN)/python -m benchmarks.saliency
 	$(BIN)/python -m benchmarks.video
+
+zoo: $(VENV)/zoo  ## Convert every encoder of the zoo in ZOO and write docs/coverage.md (hours)
+	$(BIN)/python -m benchmarks.coverage --zoo $(ZOO)
 
 clean:  ## Remove the environment and everything generated
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .coverage* build dist *.egg-info demo.png demo.mp4

@@ -10,7 +10,20 @@ import torch
 from torch import fx
 
 from tokenpass.axis_rule import Rule, RuleContext, join, number, out_shape, position
-from tokenpass.dims import ZERO, Axis, Dim, Kind, Size, axes_of, is_data, parts_of, same, size_of
+from tokenpass.dims import (
+    ZERO,
+    Axis,
+    Dim,
+    Kind,
+    Size,
+    axes_of,
+    concat_axis,
+    is_data,
+    parts_of,
+    regroup,
+    same,
+    size_of,
+)
 from tokenpass.facts import Effect, Literal, What
 from tokenpass.graph import arguments, operands
 
@@ -47,7 +60,9 @@ def _slice(ctx: RuleContext, node: fx.Node) -> Effect:
         return Effect(What.VIEW, (before,), (before,))
     if step != 1:
         size = out_shape(node)[place]
-        taken = ctx.fresh(Kind.OPAQUE, size, node, data=is_data(dim))
+        taken = _every(dim, start, sympy.Integer(step), size)
+        if taken is None:
+            taken = ctx.fresh(Kind.OPAQUE, size, node, data=is_data(dim))
         outs = (*before[:place], taken, *before[place + 1 :])
         return Effect(What.INDEX, (outs,), (before,), axes_of([dim]))
     taken = ctx.table.slice(dim, start, stop, node)
@@ -59,6 +74,18 @@ def _slice(ctx: RuleContext, node: fx.Node) -> Effect:
     }
     literals = _slice_literals(pieces, start, stop)
     return Effect(What.VIEW, (outs,), (before,), axes_of(cut), literals=literals)
+
+
+def _every(dim: Dim, start: Size, step: Size, size: Size) -> Dim | None:
+    """Every ``step``-th position of a dimension: one digit of it, as of ``reshape`` and ``select``.
+
+    ``None`` where ``step`` does not divide the dimension, or a concatenation is taken apart.
+    """
+    first = (start - step).is_negative
+    if concat_axis(dim) is not None or not first or not same(size_of(dim), step * size):
+        return None
+    outer, _ = regroup([dim], [size, step])[0]
+    return outer
 
 
 def _offsets(dim: Dim) -> list[tuple[Size, Dim]]:

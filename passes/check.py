@@ -47,22 +47,43 @@ def check_gated(captured: Captured, full: Traced, incremental: Traced) -> None:
         BrokenInvariantError: If a graph is malformed, an output is missing, or a shape, dtype or
             device differs from the original's.
     """
+    for graph in (full, incremental):
+        graph.module.graph.lint()
+        _check_same(captured, internals.propagate(graph.module, graph.inputs, graph.mode))
+
+
+def check_same_outputs(captured: Captured, module: fx.GraphModule, kept: int) -> None:
+    """Propagate a partly pruned graph anew and compare its outputs with the original's.
+
+    Args:
+        captured: The original.
+        module: The rewritten graph.
+        kept: How many tokens it must say it kept, in an output after the original's.
+
+    Raises:
+        BrokenInvariantError: If the graph is malformed, an output is missing, or a shape, dtype or
+            device differs from the original's.
+    """
+    module.graph.lint()
+    outputs = internals.propagate(module, captured.inputs, captured.mode)
+    _check_same(captured, outputs)
+    _expect(outputs[-1].shape[-1], kept, "number of kept tokens")
+
+
+def _check_same(captured: Captured, outputs: Any) -> None:
     (original,) = captured.module.graph.find_nodes(op="output")
     before: list[fx.Node] = []
     fx.map_arg(original.args[0], before.append)
     tensors = [node for node in before if isinstance(node.meta["val"], torch.Tensor)]
-    for graph in (full, incremental):
-        graph.module.graph.lint()
-        outputs = internals.propagate(graph.module, graph.inputs, graph.mode)
-        after = [x for x in _leaves(outputs) if isinstance(x, torch.Tensor)]
-        if len(after) < len(tensors):
-            raise BrokenInvariantError(
-                f"{len(after)} output tensors after the rewrite, {len(tensors)} before"
-            )
-        for node, value in zip(tensors, after, strict=False):
-            _check_kind(node, value)
-            for place, size in enumerate(node.meta["val"].shape):
-                _expect(value.shape[place], size, f"dimension {place} of output {node.name}")
+    after = [x for x in _leaves(outputs) if isinstance(x, torch.Tensor)]
+    if len(after) < len(tensors):
+        raise BrokenInvariantError(
+            f"{len(after)} output tensors after the rewrite, {len(tensors)} before"
+        )
+    for node, value in zip(tensors, after, strict=False):
+        _check_kind(node, value)
+        for place, size in enumerate(node.meta["val"].shape):
+            _expect(value.shape[place], size, f"dimension {place} of output {node.name}")
 
 
 def _leaves(tree: Any) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Running a graph once, in full or behind gates, while a new one is traced."""
+"""A gated graph: once in full, once behind its gates."""
 
 from __future__ import annotations
 
@@ -8,69 +8,27 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from tokenpass import torch_internals as internals
-from tokenpass.capture import Captured, in_region_of
+from tokenpass.capture import Captured
 from tokenpass.facts import Facts
 from tokenpass.gates import change, flat, let_through, over_threshold, positions_of
-from tokenpass.gating import Gating, Region, needed_nodes
-from tokenpass.graph import operands, values_of, with_arguments
+from tokenpass.gating import Gating, needed_nodes
+from tokenpass.graph import operands
+from tokenpass.passes.graph_run import GraphRun
 from tokenpass.passes.update_attention import AttentionUpdates
 from tokenpass.state import StateTable
 
-RULE = "gate"
 
+class GateRun(GraphRun):
+    """Runs the original graph with the state of a stream."""
 
-class GateRun:
-    """Runs the original graph while a new one is traced."""
+    rule = "gate"
 
     def __init__(self, captured: Captured, facts: Facts, plan: Gating, state: StateTable) -> None:
-        self.module = captured.module
-        self.facts = facts
+        super().__init__(captured, facts)
         self.plan = plan
         self.state = state
         self.updates = AttentionUpdates(facts, plan, state)
         self.attention_of = {item.attention.out: item for item in plan.attentions}
-        self.env: dict[fx.Node, Any] = {}
-
-    def run(self, inputs: Sequence[Any]) -> Any:
-        graph = self.module.graph
-        self.env |= zip(graph.find_nodes(op="placeholder"), inputs, strict=True)
-        for node in graph.find_nodes(op="get_attr"):
-            self.env[node] = getattr(self.module, node.target)
-        for node in graph.nodes:
-            if node.op == "output":
-                return self.finish(node)
-            if node not in self.env:
-                with internals.provenance(node, RULE):
-                    self.visit(node)
-        raise AssertionError("a graph without an output")
-
-    def visit(self, node: fx.Node) -> None:
-        """Compute one node of the original."""
-        raise NotImplementedError
-
-    def finish(self, output: fx.Node) -> Any:
-        """The new graph's outputs."""
-        raise NotImplementedError
-
-    def compute(self, node: fx.Node) -> Any:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), self.env.__getitem__)
-        return self.call(node, args, kwargs)
-
-    def call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
-        assert callable(node.target)
-        with in_region_of(node):
-            return node.target(*args, **kwargs)
-
-    def outputs(self, output: fx.Node, shared: frozenset[fx.Node]) -> tuple[Any, ...]:
-        """The original's outputs; copies of those that lie in the state."""
-
-        def produce(node: fx.Node) -> Any:
-            value = self.env[node]
-            return value.clone() if node in shared else value
-
-        outputs = fx.map_arg(output.args[0], produce)
-        return tuple(outputs) if isinstance(outputs, (tuple, list)) else (outputs,)
 
     def names_of_state(self, buffers: Iterable[fx.Node]) -> frozenset[fx.Node]:
         """Values that may share memory with the state: ``buffers``, attentions, views of them."""
@@ -81,9 +39,6 @@ class GateRun:
                 if any(item.alias_info is not None for item in returns):
                     found.add(node)
         return frozenset(found)
-
-    def rows(self, region: Region, node: fx.Node) -> Tensor:
-        return region.layout.rows(self.env[node], self.facts.dims(node))
 
 
 class FullRun(GateRun):
@@ -151,7 +106,7 @@ class IncrementalRun(GateRun):
         region = self.plan.regions[number]
         layout = region.layout
         for node in region.inputs:
-            self._ensure(node)
+            self.ensure(node)
         now = [self.rows(region, node) for node in region.inputs]
         before = [self.state[number, "reference", p] for p in range(len(now))]
         moved = change(now, before, float(self.plan.method.norm))
@@ -168,28 +123,14 @@ class IncrementalRun(GateRun):
         for reference, x in zip(before, taken, strict=True):
             reference.index_copy_(0, rows, x)
         self.updates.remember(number, positions, valid, self.exchanges.get(region.size))
-        local = {
-            node: layout.some(x, self.facts.dims(node))
-            for node, x in zip(region.inputs, taken, strict=True)
-        }
-        for node in region.nodes:
-            with internals.provenance(node, RULE):
-                local[node] = self._on_some(node, local, region, rows)
-        for place, node in enumerate(region.outputs):
+        computed = self.on_some(region, taken, rows)
+        for place, (node, new) in enumerate(zip(region.outputs, computed, strict=True)):
             dims = self.facts.dims(node)
             buffer = self.state[number, "buffer", place]
-            new = layout.rows_of_some(local[node], dims, rows.shape[0])
             if valid is not None:
                 new = torch.where(valid.reshape(-1, 1), new, buffer.index_select(0, rows))
             buffer.index_copy_(0, rows, new)
             self.env[node] = layout.full(buffer, dims)
-
-    def _ensure(self, node: fx.Node) -> None:
-        """Compute a value ahead of its turn, where a region begins before all that it reads."""
-        if node not in self.env:
-            for source in node.all_input_nodes:
-                self._ensure(source)
-            self.visit(node)
 
     def _selected(self, number: int, moved: Tensor) -> tuple[Tensor, Tensor | None]:
         """Positions in each image ``(B, U)``, and which of them pass if not all do.
@@ -212,26 +153,3 @@ class IncrementalRun(GateRun):
         passing = over_threshold(moved, images, fixed, self.threshold, most)
         self.passed[number] = passing
         return positions_of(passing)
-
-    def _on_some(
-        self, node: fx.Node, local: dict[fx.Node, Tensor], region: Region, rows: Tensor
-    ) -> Any:
-        """What ``node`` computes of the tokens that passed."""
-        seen = iter(self.facts.effects[node].seen)
-        layout, count = region.layout, rows.shape[0]
-
-        def produce(source: fx.Node) -> Any:
-            dims = next(seen) if values_of(source) else ()
-            if source in local:
-                return local[source]
-            self._ensure(source)
-            if not values_of(source):
-                return self.env[source]
-            return layout.meet(self.env[source], self.facts.dims(source), dims, rows)
-
-        args, kwargs = fx.map_arg((node.args, node.kwargs), produce)
-        changes: dict[str, Any] = {}
-        for literal in self.facts.effects[node].literals:
-            sizes = layout.sizes(literal.dims, count)
-            changes[literal.argument] = sum(sizes) + int(literal.offset) if literal.total else sizes
-        return self.call(node, *with_arguments(node, args, kwargs, changes))

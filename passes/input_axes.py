@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from tokenpass.dims import Axis, Kind, is_data, same
+from tokenpass.dims import Axis, Dims, Kind, axes_of, is_data, same
 from tokenpass.facts import Facts, What
 from tokenpass.graph import operands, values_of
 
@@ -12,7 +12,9 @@ from tokenpass.graph import operands, values_of
 def image_axes(facts: Facts) -> frozenset[Axis]:
     """The axes of the batch: input axes along which nothing meets up to the last attention.
 
-    What comes after it (a loss, an operation that nobody understands) does not matter.
+    What comes after it (a loss, an operation that nobody understands) does not matter. Where
+    nothing attends, as in the piece of a model behind a graph break, images and tokens look alike:
+    the first dimension of every input is then taken for the images.
     """
     nodes = list(facts.graph.nodes)
     meeting = (What.SOFTMAX, What.ATTENTION)
@@ -27,7 +29,10 @@ def image_axes(facts: Facts) -> frozenset[Axis]:
             upstream.add(node)
             pending += node.all_input_nodes
     mixed = {axis for node in upstream for axis in facts.effects[node].mixed}
-    return _input_axes(facts) - mixed
+    unmixed = _input_axes(facts) - mixed
+    if any(facts.effects[n].what in meeting for n in nodes):
+        return unmixed
+    return unmixed & axes_of(dims[0] for dims in _inputs(facts) if dims)
 
 
 def channel_axes(facts: Facts) -> frozenset[Axis]:
@@ -45,14 +50,16 @@ def channel_axes(facts: Facts) -> frozenset[Axis]:
     return _input_axes(facts) & found
 
 
+def _inputs(facts: Facts) -> list[Dims]:
+    placeholders = facts.graph.find_nodes(op="placeholder")
+    return [dims for node in placeholders for dims in facts.effects[node].outs]
+
+
 def _input_axes(facts: Facts) -> frozenset[Axis]:
     return frozenset(
-        factor.axis
-        for node in facts.graph.find_nodes(op="placeholder")
-        for dims in facts.effects[node].outs
-        for dim in dims
-        for factor in dim
-        if factor.axis.data and factor.axis.kind is Kind.INPUT
+        axis
+        for axis in axes_of(dim for dims in _inputs(facts) for dim in dims)
+        if axis.data and axis.kind is Kind.INPUT
     )
 
 

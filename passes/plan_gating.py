@@ -7,16 +7,13 @@ from dataclasses import replace
 
 from torch import fx
 
-from tokenpass.blocks import Attention, Block, Found, Mlp, NoMatch
+from tokenpass.blocks import Attention, Found, NoMatch
 from tokenpass.facts import Facts, multiply_adds
 from tokenpass.gating import GatedAttention, Gating, Region, gateable
-from tokenpass.graph import ancestors, tensor_of
-from tokenpass.grid import AnyTokens
+from tokenpass.graph import tensor_of
 from tokenpass.methods import Eventful
-from tokenpass.passes.functionalise import written_values
-from tokenpass.passes.input_axes import channel_axes, image_axes, varying_nodes
-from tokenpass.passes.token_wise import find_regions
-from tokenpass.patterns import block, mlp, residual
+from tokenpass.passes.any_tokens import around_any_tokens
+from tokenpass.passes.input_axes import varying_nodes
 from tokenpass.rows import own_digits
 
 PATTERN = "gating"
@@ -39,33 +36,23 @@ def plan_gating(
         method: What was asked for.
         always: Gate a region even if its gate costs more than it saves.
     """
-    images = image_axes(facts)
-    channels = channel_axes(facts)
-    tokens = AnyTokens(images | channels)
-    sets = ancestors(facts.graph)
-    residuals = list(residual.find_residuals(facts, tokens, sets))
-    stream = frozenset(n for item in residuals for n in (item.out, item.skip, item.root))
-    pinned = written_values(facts.graph)
-    regions = find_regions(
-        facts, images, channels, stream, pinned, constants, with_norms=method.gate_before_norm
-    )
+    around = around_any_tokens(facts, found, constants, with_norms=method.gate_before_norm)
+    regions = list(around.regions)
     if method.compat:
         regions = [replace(region, fixed=()) for region in regions]
     if not always:
         regions = [region for region in regions if _pays(facts, region)]
     if not regions:
         return NoMatch(PATTERN, "no linear layer treats every token alone", ())
-    mlps = [m for m in mlp.find_mlps(facts, tokens, stream) if isinstance(m, Mlp)]
-    blocks = block.find_blocks(found.attentions, mlps, residuals, sets)
     updated, misses = _attentions(facts, found.attentions, regions, constants, method)
     gated = {node for region in regions for node in region.nodes}
     return Gating(
         method=method,
         regions=regions,
         attentions=updated,
-        blocks=[b for b in blocks if isinstance(b, Block) and not gated.isdisjoint(gateable(b))],
-        mlps=mlps,
-        misses=[*misses, *(b for b in blocks if isinstance(b, NoMatch))],
+        blocks=[b for b in around.blocks if not gated.isdisjoint(gateable(b))],
+        mlps=around.mlps,
+        misses=[*misses, *around.misses],
     )
 
 

@@ -45,14 +45,15 @@ def plan_pruning(
     if not blocks:
         nodes = tuple(match.out for match in found.over_grid)
         return NoMatch(PATTERN, "no block around the attention was recognised", nodes)
-    _check_layers(method, len(blocks))
+    check_layers(method, len(blocks))
     if method.where == "output":
         return _output_pruning(facts, found, found.grid, method, extent)
-    schedule = _schedule(method, len(blocks), hint(found.grid.count))
+    schedule = schedule_of(method, len(blocks), hint(found.grid.count))
     return _encoder_pruning(facts, found, found.grid, method, schedule, extent)
 
 
-def _check_layers(method: HiPrune, depth: int) -> None:
+def check_layers(method: HiPrune, depth: int) -> None:
+    """Raise :class:`OptionError` if ``method`` names a block that there is not."""
     named = {"object_layer": method.object_layer, "deep_layer": method.deep_layer}
     named |= {f"stages[{i}]": layer for i, (layer, _) in enumerate(method.stages or ())}
     for name, layer in named.items():
@@ -60,7 +61,7 @@ def _check_layers(method: HiPrune, depth: int) -> None:
             raise OptionError(f"{name}={layer}: the model has {depth} blocks over its patch tokens")
 
 
-def _schedule(method: HiPrune, depth: int, tokens: int) -> Schedule:
+def schedule_of(method: HiPrune, depth: int, tokens: int) -> Schedule:
     """Blocks after which tokens leave, with the budget that each cut leaves.
 
     The default cuts leave equal shares of the tokens before them, so that the last one leaves

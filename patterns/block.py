@@ -2,13 +2,14 @@
 
 A block begins with the addition of an attention and takes the additions of MLPs up to the next one.
 Covered: pre-norm, post-norm and sandwich norms, LayerScale, attention and MLP side by side, several
-attentions side by side, a block without an MLP. Not covered: an attention that is not added to a
-stream it was computed from.
+attentions side by side, a block without an MLP; where it is asked for, an attention that is added
+to a stream which was projected or pooled on the way, and one that is added to nothing. Not covered:
+MLPs behind the latter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import fx
@@ -33,12 +34,31 @@ def find_blocks(
     mlps: Sequence[Mlp],
     residuals: Sequence[Residual],
     sets: Mapping[fx.Node, int],
+    sum_behind: Callable[[fx.Node], Residual | None] = lambda source: None,
+    *,
+    loose: bool = False,
 ) -> list[Block | NoMatch]:
-    """Put attentions and MLPs together into blocks, in execution order."""
+    """Put attentions and MLPs together into blocks, in execution order.
+
+    Args:
+        attentions: What blocks begin with.
+        mlps: What they may go on with.
+        residuals: The additions to residual streams.
+        sets: From :func:`tokenpass.graph.ancestors`.
+        sum_behind: Where an attention is added to what it was not computed from.
+        loose: Whether an attention that is added to nothing is a block of its own.
+    """
     at: dict[fx.Node, _Open] = {}
+    alone: list[Block] = []
     misses: list[NoMatch] = []
     for attention in attentions:
         residual = _addition(residuals, sets, attention.out, attention.query)
+        if residual is None:
+            residual = sum_behind(attention.out)
+            residuals = _with(residuals, residual, sets)
+        if residual is None and loose:
+            alone.append(Block((attention,), (), ()))
+            continue
         if residual is None:
             reason = "the attention is not added to the stream it was computed from"
             misses.append(NoMatch(PATTERN, reason, (attention.out,)))
@@ -48,7 +68,17 @@ def find_blocks(
         residual = _addition(residuals, sets, mlp.out, mlp.input)
         if residual is not None:
             at.setdefault(residual.out, _Open()).mlps.append(mlp)
-    return [*_assemble(residuals, at), *misses]
+    blocks = [*_assemble(residuals, at), *alone]
+    return [*sorted(blocks, key=lambda b: sets[b.attention.out].bit_length()), *misses]
+
+
+def _with(
+    residuals: Sequence[Residual], more: Residual | None, sets: Mapping[fx.Node, int]
+) -> Sequence[Residual]:
+    """``residuals`` and one more, in execution order."""
+    if more is None or any(more.out is item.out for item in residuals):
+        return residuals
+    return sorted([*residuals, more], key=lambda item: sets[item.out].bit_length())
 
 
 def _addition(

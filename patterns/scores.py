@@ -8,7 +8,7 @@ scale and masks alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
@@ -71,6 +71,15 @@ def trace_scores(facts: Facts, softmax: fx.Node, place: int, value: fx.Node) -> 
         return NoMatch(PATTERN, "the softmax runs over a single key", (softmax,))
     factor = dims[place][0]
     walk = _Walk(operands(softmax)[0], factor, count_of(dims[:place], factor))
+    return _followed(facts, walk, softmax, value)
+
+
+def _followed(facts: Facts, walk: _Walk, softmax: fx.Node, value: fx.Node) -> Scores | NoMatch:
+    """Go back to the product of queries and keys.
+
+    A bias may be computed from the queries, too, so that it looks like the scores: where a way ends
+    nowhere, the other operand is tried.
+    """
     while True:
         effect = facts.effects[walk.node]
         if effect.what is What.CONTRACT:
@@ -80,8 +89,13 @@ def trace_scores(facts: Facts, softmax: fx.Node, place: int, value: fx.Node) -> 
             if found is not None:
                 return found
         elif effect.what is What.POINTWISE:
-            if not _through_pointwise(facts, walk):
+            ways = _through_pointwise(facts, walk)
+            if not ways:
                 return NoMatch(PATTERN, "no operand carries the scores", (walk.node, softmax))
+            if len(ways) > 1:
+                first = _followed(facts, ways[0], softmax, value)
+                return first or _followed(facts, ways[1], softmax, value) or first
+            (walk,) = ways
         elif effect.what is What.VIEW and len(operands(walk.node)) == 1:
             if not _through_view(facts, walk):
                 return NoMatch(
@@ -109,7 +123,9 @@ def place_of(dims: Dims, factor: Factor, ordinal: int) -> int:
 def _product(facts: Facts, walk: _Walk, value: fx.Node) -> Scores | NoMatch | None:
     """Queries and keys if the product is theirs; ``None`` after a step over talking heads."""
     node = walk.node
-    left, right = operands(node)[-2:] if node.target in PRODUCTS else operands(node)[:2]
+    if node.target not in PRODUCTS:
+        return _projected(facts, walk, value)
+    left, right = operands(node)[-2:]
     rank, place = len(facts.dims(node)), walk.place(facts.dims(node))
     key, query = (right, left) if place == rank - 1 else (left, right)
     learned = not _is_data(facts.dims(query))
@@ -119,15 +135,30 @@ def _product(facts: Facts, walk: _Walk, value: fx.Node) -> Scores | NoMatch | No
         return None
     if node.target is aten.baddbmm.default:
         _added_in_product(walk, place)
-    elif node.target not in PRODUCTS:
-        reason = "the scores are a projection of the tokens, no product of queries and keys"
-        return NoMatch(PATTERN, reason, (node,))
     query_place = rank - 2 if place == rank - 1 else rank - 1
     query_dim = facts.dims(node)[query_place] if rank > 1 else ()
     inner = {left: len(facts.dims(left)) - 1, right: max(0, len(facts.dims(right)) - 2)}
     channel = (inner[query], inner[key])
     masks = tuple(walk.masks)
     return Scores(query, key, channel, walk.scale, masks, query_dim, walk.plain)
+
+
+def _projected(facts: Facts, walk: _Walk, value: fx.Node) -> NoMatch | None:
+    """Step over heads that are mixed by a linear layer or a 1x1 convolution.
+
+    Such a layer keeps the order of all other dimensions, so the keys stay the same in number.
+    """
+    node = walk.node
+    data = [source for source in operands(node) if _is_data(facts.dims(source))]
+    times = count_of(facts.dims(node), walk.factor)
+    if len(data) == 1 and count_of(facts.dims(data[0]), walk.factor) == times:
+        keeps = walk.factor.axis not in facts.effects[node].mixed
+        if keeps and _data_rank(facts, data[0]) > _data_rank(facts, value):
+            walk.plain = False
+            walk.node = data[0]
+            return None
+    reason = "the scores are a projection of the tokens, no product of queries and keys"
+    return NoMatch(PATTERN, reason, (node,))
 
 
 def _added_in_product(walk: _Walk, place: int) -> None:
@@ -140,26 +171,32 @@ def _added_in_product(walk: _Walk, place: int) -> None:
     walk.scale *= float(given["alpha"])
 
 
-def _through_pointwise(facts: Facts, walk: _Walk) -> bool:
+def _through_pointwise(facts: Facts, walk: _Walk) -> list[_Walk]:
+    """Where the walk may go on, the likeliest way first: either operand of a sum may be scores."""
     node, dims = walk.node, facts.dims(walk.node)
     times = count_of(dims, walk.factor)
     carrying = [o for o in operands(node) if count_of(facts.dims(o), walk.factor) == times]
-    if not carrying:
-        return False
-    scores = max(carrying, key=lambda source: _data_rank(facts, source))
+    carrying.sort(key=lambda source: _data_rank(facts, source), reverse=True)
+    is_sum = node.target is aten.add.Tensor and len(operands(node)) == 2
+    return [_through(facts, walk, scores) for scores in carrying[: 2 if is_sum else 1]]
+
+
+def _through(facts: Facts, walk: _Walk, scores: fx.Node) -> _Walk:
+    """The walk, one elementwise operation further back, if ``scores`` are the scores."""
+    node, dims = walk.node, facts.dims(walk.node)
+    on = replace(walk, node=scores, masks=list(walk.masks))
     others = [source for source in operands(node) if source is not scores]
     given = arguments(node)
     if node.target is aten.mul.Tensor and not others:
-        walk.scale *= _number(given["other"])
+        on.scale *= _number(given["other"])
     elif node.target is aten.div.Tensor and not others:
-        walk.scale /= _number(given["other"])
+        on.scale /= _number(given["other"])
     elif node.target is aten.add.Tensor and len(others) == 1 and given["alpha"] == 1:
-        walk.plain &= walk.scale == 1.0
-        walk.masks.append(Mask(others[0], node, walk.place(dims)))
+        on.plain &= walk.scale == 1.0
+        on.masks.append(Mask(others[0], node, walk.place(dims)))
     elif node.target not in CASTS:
-        walk.plain = False
-    walk.node = scores
-    return True
+        on.plain = False
+    return on
 
 
 def _number(value: object) -> float:

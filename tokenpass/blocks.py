@@ -158,7 +158,7 @@ class Block:
     Attributes:
         attentions: Usually one; several in a block with parallel attention.
         mlps: Usually one.
-        residuals: The additions to the stream, in order.
+        residuals: The additions to the stream, in order; none where there is no stream.
     """
 
     attentions: tuple[Attention, ...]
@@ -175,8 +175,8 @@ class Block:
 
     @property
     def out(self) -> fx.Node:
-        """The stream after the block."""
-        return self.residuals[-1].out
+        """The stream after the block; what the attention computes, if it is added to nothing."""
+        return self.residuals[-1].out if self.residuals else self.attention.out
 
 
 @dataclass(frozen=True)

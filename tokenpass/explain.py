@@ -86,8 +86,12 @@ def _outside(
     if len(graphs) == 1:
         return []
     captured = sum(len(graph.attentions) for graph in graphs)
-    with internals.counting_attention() as counter:
-        model(*args, **kwargs)
+    try:
+        with internals.counting_attention() as counter:
+            model(*args, **kwargs)
+    except Exception as error:  # a model may compile parts of itself, which no mode may watch
+        reason = f"attention outside of the {len(graphs)} graphs could not be counted"
+        return [Refusal(f"{reason}: {type(error).__name__}")]
     missing = counter.attentions - captured
     if missing <= 0:
         return []

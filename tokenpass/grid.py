@@ -126,10 +126,18 @@ class Grid:
                 continue
             single = dim[place : place + 1]
             axis = concat_axis(single)
-            holds = axis is not None and any(self.carried_by(part) for part in axis.parts)
+            holds = axis is not None and any(self._is(part) for part in axis.parts)
             found.append(Unit(single, holds))
             place += 1
         return found
+
+    def _is(self, part: Dim) -> bool:
+        """Whether a part of a concatenation is the grid, or a concatenation with such a part.
+
+        Frames and grid in one part are no grid: how many patch tokens an image has is not known.
+        """
+        axis = concat_axis(part)
+        return part == self.dim or (axis is not None and any(self._is(p) for p in axis.parts))
 
     def layout(self, dim: Dim) -> list[Size | None]:
         """The parts of a unit that holds the grid, in order: their sizes, ``None`` for the grid."""
@@ -138,7 +146,7 @@ class Grid:
             return [None]
         sizes: list[Size | None] = []
         for part in axis.parts:
-            sizes += self.layout(part) if self.carried_by(part) else [size_of(part)]
+            sizes += self.layout(part) if self._is(part) else [size_of(part)]
         return sizes
 
     def resized(self, dim: Dim, count: Size) -> Size:

@@ -16,16 +16,21 @@ from tokenpass.capture import Captured, capture
 from tokenpass.dims import Size
 from tokenpass.errors import OptionError, TokenpassWarning
 from tokenpass.facts import Facts
+from tokenpass.graph import expression
 from tokenpass.layout import batch_factors
-from tokenpass.methods import HiPrune
-from tokenpass.passes.check import check_rewrite
+from tokenpass.methods import DEFAULT_KEEP, HiPrune
+from tokenpass.partial import PartialPruning
+from tokenpass.passes.any_tokens import around_any_tokens
+from tokenpass.passes.check import check_rewrite, check_same_outputs
 from tokenpass.passes.cost import cost_after, cost_before, evaluate
 from tokenpass.passes.find_blocks import find_blocks
 from tokenpass.passes.functionalise import functionalise, written_values
 from tokenpass.passes.label_axes import label_axes
 from tokenpass.passes.normalise import DECOMPOSITIONS
+from tokenpass.passes.plan_partial import partial_cost, partial_flops, plan_partial
 from tokenpass.passes.plan_pruning import plan_pruning
 from tokenpass.passes.prune import prune
+from tokenpass.passes.prune_partly import prune_partly
 from tokenpass.passes.versions import Versions, decide_versions
 from tokenpass.proof import proof
 from tokenpass.pruning import Pruning
@@ -83,7 +88,7 @@ class Rewrite:
     """
 
     module: fx.GraphModule | None
-    plan: Pruning | None
+    plan: Pruning | PartialPruning | None
     report: GraphReport
     batch: tuple[tuple[int, int], ...] = ()
 
@@ -171,6 +176,74 @@ def _with_costs(
     return Rewrite(None, decided, report)
 
 
+# ------------------------------------------------------------ attention that stays on all tokens
+
+
+def _needs_all_tokens(analysis: Analysis) -> bool:
+    """Whether most attentions of a graph can go without no token: in windows, over pooled keys."""
+    found = analysis.found
+    return bool(found.attentions) and 2 * len(found.over_grid) < len(found.attentions)
+
+
+def _for_these_sizes(analysis: Analysis, module: fx.GraphModule, inputs: Sequence[Any]) -> Analysis:
+    """The analysis of a graph in which every size, the batch too, is the number that it has now."""
+    sizes = [x for value in analysis.captured.inputs for x in internals.symbolic_sizes(value)]
+    symbols = {symbol for size in sizes for symbol in expression(size).free_symbols}
+    if not symbols:
+        return analysis
+    internals.specialise(analysis.captured.inputs, symbols)
+    return _analyse(module, inputs)
+
+
+def plan_partly(analysis: Analysis, method: HiPrune, *, always: bool) -> Rewrite:
+    """As :func:`plan`, where tokens leave the token-wise parts only; all sizes are numbers."""
+    facts, found = analysis.facts, analysis.found
+    report = base_report(analysis)
+    around = around_any_tokens(facts, found, analysis.captured.constants, with_norms=False)
+    report = replace(report, mlps=around.mlps)
+    plans = plan_partial(facts, around, method)
+    if isinstance(plans, NoMatch):
+        return _left(report, refusal_of(plans))
+    decided = min(plans, key=lambda plan: partial_flops(facts, plan))
+    flops = partial_flops(facts, decided)
+    if flops >= report.flops_before and not always:
+        reason = f"pruning would not pay: {flops} FLOPs instead of {report.flops_before}"
+        return _left(report, Refusal(reason))
+    changed = replace(
+        report,
+        converted=True,
+        proof=[
+            f"patch tokens: a grid of {' x '.join(map(str, decided.shape))} positions of the input",
+            f"attention stays on all; {len(decided.regions)} token-wise regions run on fewer",
+            "ranked by their distance from the mean token of the image",
+        ],
+        blocks=_partial_blocks(decided),
+        cost=partial_cost(facts, decided),
+        cost_before=expression(report.flops_before),
+        flops=flops,
+        tokens=decided.patches,
+        kept=decided.count(len(decided.cuts)),
+    )
+    return Rewrite(None, decided, changed)
+
+
+def _partial_blocks(decided: PartialPruning) -> list[BlockReport]:
+    rows: list[BlockReport] = []
+    version = 0
+    cut_in = {cut.block: cut.number for cut in decided.cuts}
+    for number, block in enumerate(decided.blocks, 1):
+        entering, version = version, cut_in.get(number, version)
+        rows.append(BlockReport(block, decided.count(entering), decided.count(version)))
+    return rows
+
+
+def _cheaper_partly(analysis: Analysis, numbers: Analysis, method: HiPrune) -> bool:
+    """Whether partial pruning saves more, at a budget below the full one."""
+    probe = method.with_budget(DEFAULT_KEEP) if method.full else method
+    whole = plan(analysis, probe, always=True).report.flops
+    return plan_partly(numbers, probe, always=True).report.flops < whole
+
+
 def _versions(analysis: Analysis, decided: Pruning) -> Versions:
     pinned = written_values(analysis.captured.module.graph)
     return decide_versions(analysis.facts, decided, pinned)
@@ -236,16 +309,50 @@ def rewrite(
     try:
         analysis = analyse(module, inputs, rewriting=rewriting)
         planned = replace(plan(analysis, method, always=always), batch=analysis.batch_inputs())
+        if always or not method.full:
+            analysis, planned = _with_partial(analysis, planned, method, module, inputs, always)
         if planned.plan is None or dry:
             return planned
-        versions = _versions(analysis, planned.plan)
-        rewritten = prune(analysis.captured, analysis.facts, planned.plan, versions)
-        check_rewrite(analysis.captured, analysis.facts, planned.plan, rewritten)
+        rewritten = _rewritten(analysis, planned.plan)
     except Exception as error:
         if isinstance(error, OptionError) or internals.steers_compilation(error):
             raise
         return undone(planned, error)
     return replace(planned, module=rewritten)
+
+
+def _with_partial(
+    analysis: Analysis,
+    planned: Rewrite,
+    method: HiPrune,
+    module: fx.GraphModule,
+    inputs: Sequence[Any],
+    always: bool,
+) -> tuple[Analysis, Rewrite]:
+    """``planned``, or the partial pruning that can be made where it cannot, or saves less."""
+    if planned.plan is not None and not _needs_all_tokens(analysis):
+        return analysis, planned
+    numbers = _for_these_sizes(analysis, module, inputs)
+    partly = replace(plan_partly(numbers, method, always=always), batch=numbers.batch_inputs())
+    if partly.plan is None:
+        if planned.plan is None:
+            why = partly.report.refusals[-1]
+            planned = replace(planned, report=refused(planned.report, why))
+        return analysis, planned
+    if planned.plan is None or _cheaper_partly(analysis, numbers, method):
+        return numbers, partly
+    return analysis, planned
+
+
+def _rewritten(analysis: Analysis, decided: Pruning | PartialPruning) -> fx.GraphModule:
+    captured, facts = analysis.captured, analysis.facts
+    if isinstance(decided, PartialPruning):
+        module = prune_partly(captured, facts, decided)
+        check_same_outputs(captured, module, decided.count(len(decided.cuts)))
+        return module
+    module = prune(captured, facts, decided, _versions(analysis, decided))
+    check_rewrite(captured, facts, decided, module)
+    return module
 
 
 def undone(planned: Rewrite, error: Exception) -> Rewrite:

@@ -160,15 +160,16 @@ def symbolic_size(mode: FakeTensorMode, expression: sympy.Expr) -> int | torch.S
 
 def specialise(inputs: Iterable[Any], symbols: Collection[sympy.Symbol]) -> None:
     """Compile for the values that some symbols have now; other values compile anew."""
-    sizes = [
-        size
-        for value in inputs
-        for size in (value.shape if isinstance(value, torch.Tensor) else [value])
-        if isinstance(size, torch.SymInt)
-    ]
-    for size in sizes:
-        if size.node.expr.free_symbols & set(symbols):
-            int(size)
+    for value in inputs:
+        for size in symbolic_sizes(value):
+            if size.node.expr.free_symbols & set(symbols):
+                int(size)
+
+
+def symbolic_sizes(value: Any) -> list[torch.SymInt]:
+    """The sizes of an input (or the input itself, if it is a number) that are no numbers."""
+    sizes = value.shape if isinstance(value, torch.Tensor) else [value]
+    return [size for size in sizes if isinstance(size, torch.SymInt)]
 
 
 def size_hint(mode: FakeTensorMode, expression: sympy.Expr) -> int:
@@ -295,13 +296,17 @@ def original_module(compiled: Any) -> torch.nn.Module | None:
 class AttentionCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts softmax and fused attention operators that run eagerly."""
 
+    supports_higher_order_operators = True
+
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.attentions = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name
-        self.attentions += "scaled_dot_product" in name or name == "aten::_softmax"
+        schema = getattr(func, "_schema", None)
+        name = func.name() if schema is None else schema.name
+        fused = "scaled_dot_product" in name or name == "flex_attention"
+        self.attentions += fused or name == "aten::_softmax"
         return func(*args, **(kwargs or {}))
 
 

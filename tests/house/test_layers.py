@@ -22,6 +22,7 @@ LAYERS = [
     {"axis_rule", "blocks", "capture", "facts", "gates", "incremental", "layout", "options"},
     {"rows", "scenes", "selection", "state"},
     {"gating", "proof", "pruning", "report"},
+    {"partial"},
     {"patterns"},
     {"passes"},
     {"pipeline", "gated"},

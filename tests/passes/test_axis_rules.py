@@ -143,6 +143,8 @@ TOKENS: dict[str, Case] = {
     "class token": (lambda x, m: with_prefix(x, m)[:, 0], table),
     "last token": (lambda x, m: with_prefix(x, m)[:, -1], table),
     "cut inside a part": (lambda x, m: with_prefix(x, m)[:, 2:], table),
+    "every second from one": (lambda x, m: x[:, 1::2] * 2, none),
+    "every second channel": (lambda x, m: torch.cat([x[..., ::2], x[..., 1::2]], -1), none),
     "slices and cat": (lambda x, m: torch.cat([x[:, :2], x[:, 2:]], 1), none),
     "halves swapped": (lambda x, m: torch.cat([x[:, 2:], x[:, :2]], 1), none),
     "every second": (lambda x, m: x[:, ::2], none),

@@ -30,6 +30,11 @@ def additive() -> Tensor:
     return torch.linspace(-1, 1, count * count).reshape(count, count)
 
 
+def relative_to(q: Tensor) -> Tensor:
+    """A bias ``(B, h, N, N)`` that looks like scores but is no product of queries and keys."""
+    return q.sum(-1, keepdim=True) * q.sum(-1).unsqueeze(-2)
+
+
 def allowed() -> Tensor:
     return (additive() < 0.5) | torch.eye(TOKENS + 1, dtype=torch.bool)
 
@@ -128,6 +133,11 @@ PLAIN: dict[str, tuple[Attend, float, int]] = {
         SCALE,
         1,
     ),
+    "bias computed from the queries": (
+        lambda q, k, v: (relative_to(q) + q @ k.mT).softmax(-1) @ v,
+        1.0,
+        1,
+    ),
     "two masks": (
         lambda q, k, v: (additive() + q @ k.mT * SCALE + additive()[0]).softmax(-1) @ v,
         SCALE,
@@ -184,6 +194,9 @@ NOT_PLAIN: dict[str, Attend] = {
             torch.eye(HEADS) + 0.5,
         ).permute(0, 3, 1, 2)
         @ v
+    ),
+    "talking heads by convolution": lambda q, k, v: (
+        functional.conv2d((q @ k.mT), (torch.eye(HEADS) + 0.5)[..., None, None]).softmax(-1) @ v
     ),
     "probabilities changed": lambda q, k, v: (q @ k.mT).softmax(-1).square() @ v,
 }

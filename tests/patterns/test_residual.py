@@ -43,6 +43,8 @@ ADDITIONS: dict[str, Add] = {
     "drop path": lambda x, branch, gamma: x + nn.Dropout(0.3).eval()(branch),
     "scaled skip": lambda x, branch, gamma: gamma * x + branch,
     "weighted": lambda x, branch, gamma: x + branch * 0.5,
+    "between": lambda x, branch, gamma: x.lerp(branch, 0.3),
+    "between, by channel": lambda x, branch, gamma: torch.lerp(x, branch, gamma),
 }
 
 
@@ -108,4 +110,25 @@ def test_rotary_sums_are_no_residuals() -> None:
 
     traced = trace(tiny.encoder(Rotary, depth=1), tiny.images())
     assert len(traced.found.residuals) == 2
+    assert len(traced.found.blocks) == 1
+
+
+def test_one_stream_of_two() -> None:
+    """Breaks if a skip that is a piece of what the branch starts from is not recognised."""
+
+    class Streams(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.attention = nn.LayerNorm(WIDTH), tiny.Attention()
+            self.mix = nn.Parameter(torch.randn(2, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            both = self.mix @ x.unsqueeze(-2)  # (B, N, 2, C)
+            out: Tensor = both[..., 0, :] + self.attention(self.norm(both[..., 1, :]))
+            return out
+
+    traced = trace(tiny.Encoder([Streams()]), tiny.images())
+    (residual,) = traced.found.residuals
+    (attention,) = traced.found.over_grid
+    assert depends_on(residual.branch, attention.out)
     assert len(traced.found.blocks) == 1

@@ -1,0 +1,202 @@
+"""Where pruning may cut token-wise parts while attention stays on all tokens.
+
+For each set of tokens that regions run over (the grid of each stage of a hierarchical encoder, say)
+there is one plan; the one that saves most is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import sympy
+from torch import fx
+
+from tokenpass.blocks import Block, NoMatch
+from tokenpass.dims import Size, concat_axis
+from tokenpass.errors import OptionError
+from tokenpass.facts import Facts, multiply_adds
+from tokenpass.gating import Region
+from tokenpass.graph import ancestors, depends, tensor_of
+from tokenpass.grid import image_part
+from tokenpass.methods import HiPrune
+from tokenpass.partial import Cut, PartialPruning
+from tokenpass.passes.any_tokens import Surroundings
+from tokenpass.passes.cost import token_symbol
+from tokenpass.passes.functionalise import written_values
+from tokenpass.passes.gate_cost import row_work
+from tokenpass.passes.plan_pruning import PATTERN, check_layers, schedule_of
+from tokenpass.patterns.residual import SUMS
+from tokenpass.rows import RowLayout
+from tokenpass.selection import token_budget
+
+
+def plan_partial(
+    facts: Facts, around: Surroundings, method: HiPrune
+) -> list[PartialPruning] | NoMatch:
+    """One plan for each set of tokens that allows any.
+
+    Args:
+        facts: Of the graph; all sizes are numbers.
+        around: What the patterns found around tokens of any kind.
+        method: What was asked for.
+    """
+    reason = _not_asked_for(method)
+    if reason:
+        return NoMatch(PATTERN, reason, ())
+    groups: dict[tuple[object, object], list[Region]] = {}
+    for region in around.regions:
+        key = (frozenset(region.layout.batch), frozenset(region.layout.tokens))
+        groups.setdefault(key, []).append(region)
+    largest_first = sorted(groups.values(), key=len, reverse=True)
+    plans = [_Planner(facts, group, around.blocks, method).plan() for group in largest_first]
+    made = [plan for plan in plans if isinstance(plan, PartialPruning)]
+    if made or not plans:
+        return made or NoMatch(PATTERN, "no linear layer treats every patch token alone", ())
+    return next(plan for plan in plans if isinstance(plan, NoMatch))
+
+
+def _not_asked_for(method: HiPrune) -> str:
+    """What a method asks for that needs every attention without the tokens that left."""
+    if method.where == "output":
+        return 'where="output" needs an attention among all patch tokens that ranks them'
+    if not method.restores:
+        return 'output="pruned" needs every attention of the encoder among all patch tokens'
+    if method.ranking == "class":
+        return 'ranking="class" needs an attention among all patch tokens and a class token'
+    return ""
+
+
+class _Planner:
+    """Plans the cuts of one set of tokens."""
+
+    def __init__(
+        self, facts: Facts, regions: Sequence[Region], blocks: Sequence[Block], method: HiPrune
+    ) -> None:
+        self.facts = facts
+        self.method = method
+        self.regions = regions
+        self.layout = regions[0].layout
+        self.fixed = regions[0].fixed
+        self.order = {node: place for place, node in enumerate(facts.graph.nodes)}
+        self.sets = ancestors(facts.graph)
+        found = [(block, self._cut_of(block)) for block in blocks]
+        self.blocks = [block for block, at in found if at is not None]
+        self.places = [at for _, at in found if at is not None]
+
+    def _cut_of(self, block: Block) -> fx.Node | None:
+        """Where tokens may leave in a block: at its first addition, if that has these tokens.
+
+        Without any it is what the next region reads of the attention.
+        """
+        if block.residuals:
+            at = block.residuals[0].out
+            return at if self._carries(at) else None
+        inside = {node for region in self.regions for node in region.nodes}
+        reads = (node for region in self.regions for node in region.inputs)
+        behind = (n for n in reads if depends(self.sets, n, block.out) and n not in inside)
+        return next((node for node in behind if self._carries(node)), None)
+
+    def _carries(self, node: fx.Node) -> bool:
+        outs = self.facts.effects[node].outs
+        return len(outs) == 1 and self.layout.carried_by(outs[0])
+
+    def plan(self) -> PartialPruning | NoMatch:
+        shape = _grid_shape(self.layout)
+        first = self.regions[0].outputs[0]
+        if isinstance(shape, str):
+            return NoMatch(PATTERN, shape, (first,))
+        if not self.blocks:
+            return NoMatch(PATTERN, "no block runs over these tokens", (first,))
+        patches = self.layout.count - len(self.fixed)
+        try:
+            check_layers(self.method, len(self.blocks))
+        except OptionError as error:
+            return NoMatch(PATTERN, str(error), (first,))
+        cuts: list[Cut] = []
+        left = patches
+        for layer, keep in schedule_of(self.method, len(self.blocks), patches):
+            left = min(left, token_budget(keep, patches))
+            at = self.places[layer - 1]
+            cuts.append(Cut(len(cuts) + 1, layer, at, left))
+        written = written_values(self.facts.graph)
+        pinned = [cut.at for cut in cuts if cut.at in written]
+        if pinned:
+            return NoMatch(PATTERN, "the stream is written into in place", tuple(pinned))
+        chosen = self._behind(cuts)
+        if not chosen:
+            reason = "no linear layer treats every token alone behind the first cut"
+            return NoMatch(PATTERN, reason, (cuts[0].at,))
+        return PartialPruning(
+            self.method, self.layout, self.fixed, shape, cuts, chosen, self.blocks
+        )
+
+    def _behind(self, cuts: Sequence[Cut]) -> list[tuple[Region, int]]:
+        """The regions behind a cut, each with the number of the last cut before it."""
+        chosen: list[tuple[Region, int]] = []
+        for region in self.regions:
+            if not (self.method.merges or self._is_branch(region)):
+                continue
+            start = min(self.order[node] for node in region.nodes)
+            before = [
+                cut.number
+                for cut in cuts
+                if self.order[cut.at] < start
+                and all(depends(self.sets, node, cut.at) for node in region.outputs)
+            ]
+            if before:
+                same_order = replace(region, layout=self.layout)
+                chosen.append((same_order, max(before)))
+        return chosen
+
+    def _is_branch(self, region: Region) -> bool:
+        """Whether all that a region computes is added to the stream.
+
+        A token that was discarded keeps its value then; what else reads it would see nothing.
+        """
+        added = {
+            (item.branch, item.out)
+            for block in self.blocks
+            for item in block.residuals
+            if item.out.target in SUMS
+        }
+        return all((node, user) in added for node in region.outputs for user in node.users)
+
+
+def _grid_shape(layout: RowLayout) -> tuple[int, ...] | str:
+    """Patch tokens along each axis, or why they are no grid."""
+    patches = image_part(layout.tokens)
+    if isinstance(patches, str):
+        return patches
+    if concat_axis(layout.tokens) is None and concat_axis(patches) is not None:
+        return "the patch tokens do not lie in one piece"
+    sizes = tuple(int(factor.size) for factor in patches)
+    return sizes if len(sizes) in (2, 3) else (1, _product(sizes))
+
+
+def _product(sizes: Sequence[int]) -> int:
+    total = 1
+    for size in sizes:
+        total *= size
+    return total
+
+
+def partial_cost(facts: Facts, plan: PartialPruning) -> Size:
+    """FLOPs with the cuts of ``plan``, in ``n0``, ``n1``, ..."""
+    images, fixed = plan.layout.images, len(plan.fixed)
+    total: Size = sympy.Add(*(multiply_adds(effect.work) for effect in facts.effects.values()))
+    for region, number in plan.regions:
+        each = row_work(facts, region) * images
+        total += each * (token_symbol(number) - token_symbol(0))
+    if plan.method.merges:
+        for cut in plan.cuts:
+            before, after = token_symbol(cut.number - 1), token_symbol(cut.number)
+            features = int(tensor_of(cut.at).numel()) // (plan.patches + fixed)
+            total += (before - after) * after * features
+    return sympy.expand(2 * total)
+
+
+def partial_flops(facts: Facts, plan: PartialPruning) -> int:
+    """The same as a number."""
+    counts = {token_symbol(number): plan.count(number) for number in range(len(plan.cuts) + 1)}
+    return int(partial_cost(facts, plan).subs(counts))
