@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-import tests.conftest  # noqa: F401  (declares what torchvision lacks on a CPU build of torch)
 from tests.fuzz.run import Tally, fuzz
 
 FAILURES = Path("fuzz-failures")
@@ -22,6 +21,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=600.0, help="how long")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cases", type=int, default=None, help="stop after so many")
+    parser.add_argument(
+        "--shrinking", type=float, default=60.0, help="seconds for simplifying a failing case"
+    )
     parser.add_argument("--failures", type=Path, default=FAILURES, help="where failing cases go")
     return parser.parse_args()
 
@@ -58,7 +60,14 @@ def main() -> int:
             words = f"{tally.cases} cases, {len(tally.failures) + tally.repeats} failed"
             progress.update(task, completed=tally.seconds, description=words)
 
-        tally = fuzz(given.seconds, given.seed, given.failures, most=given.cases, note=note)
+        tally = fuzz(
+            given.seconds,
+            given.seed,
+            given.failures,
+            most=given.cases,
+            shrinking=given.shrinking,
+            note=note,
+        )
     console.print(summary(tally))
     return 1 if tally.failures else 0
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from tests.fuzz.attention import SelfAttention
 from tests.fuzz.layouts import rows_of, stream_of
-from tests.fuzz.parts import Addition, Mlp, Norm, TokenMean, detour, over_grid
+from tests.fuzz.parts import Addition, Mlp, Norm, TokenLargest, TokenMean, detour, over_grid
 from tests.fuzz.positions import Table
 from tests.fuzz.spec import Block, Encoder
 
@@ -158,6 +158,7 @@ class Model(nn.Module):
         self.blocks = nn.ModuleList(EncoderBlock(block, spec) for block in spec.blocks)
         self.norm = Norm("layer" if spec.final_norm else "none", width)
         self.mean, self.pool, self.linear = TokenMean(), Pool(width), nn.Linear(width, 5)
+        self.largest = TokenLargest()
         self.pixels = nn.Linear(width, spec.patch**2)
 
     def forward(self, images: Tensor) -> Any:
@@ -170,7 +171,7 @@ class Model(nn.Module):
             x, attended = (self.blocks[0] if spec.shared else block)(x)
             hidden.append(x)
         if spec.dead:
-            (x.softmax(-1).cumsum(0) @ self.linear.weight.T if x.shape[-1] == spec.width else x).sum()
+            (rows_of(x, spec.layout).softmax(1).cumsum(1) @ self.linear.weight.T).sum()
         rows = self.norm(rows_of(x, spec.layout))
         out = self._head(rows)
         match spec.extra:
@@ -211,7 +212,7 @@ class Model(nn.Module):
             case "sum":
                 return self.linear(patches.sum(1) / spec.patches)
             case "largest":
-                return self.linear(patches.amax(1))
+                return self.linear(self.largest(patches))
             case "attention":
                 return self.linear(self.pool(rows))
             case "dense":

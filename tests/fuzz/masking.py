@@ -5,6 +5,9 @@ It runs the original model, eagerly and on all tokens. A token that was dropped 
 rows are ignored: wherever the residual stream is added to, they go back to what they were when the
 token left. Which tokens leave is decided here, by :mod:`tests.references.rule` on the probabilities
 that the executor sees.
+
+Where tokens are merged, the rows of one that left are those of the token that it went into, which
+weighs as a key what the tokens weigh that it stands for.
 """
 
 from __future__ import annotations
@@ -35,7 +38,8 @@ class Places:
             it begins, counted from 1; ``None``: it only reads tokens, and ranks none.
         additions: Results of the residual additions, each with the number of the block that ends
             there, or ``None``.
-        means: Over tokens.
+        means: Over tokens, which stay as a dimension of one.
+        largest: Of tokens, which go.
         rows: The stream as tokens ``(B, L, C)``; ``stream`` is the inverse.
         before: Tokens before the patch tokens.
         grid: Rows and columns of patch tokens.
@@ -44,6 +48,7 @@ class Places:
     attentions: Sequence[tuple[nn.Module, int | None]]
     additions: Sequence[tuple[nn.Module, int | None]]
     means: Sequence[nn.Module]
+    largest: Sequence[nn.Module]
     rows: Callable[[Tensor], Tensor]
     stream: Callable[[Tensor], Tensor]
     before: int
@@ -59,6 +64,7 @@ class Masking(TorchDispatchMode):  # type: ignore[no-untyped-call]
         object_block: Whose attention finds anchors.
         alpha: Share of the budget for anchors and buffers.
         images: How many.
+        merges: Whether a token that leaves goes into the most similar one that stays.
 
     Attributes:
         present: Which patch tokens are left, ``(B, N)``, bool.
@@ -66,13 +72,23 @@ class Masking(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(
-        self, places: Places, cuts: dict[int, int], object_block: int, alpha: float, images: int
+        self,
+        places: Places,
+        cuts: dict[int, int],
+        object_block: int,
+        alpha: float,
+        images: int,
+        *,
+        merges: bool = False,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.places, self.cuts = places, cuts
         self.object_block, self.alpha = object_block, alpha
         self.count = math.prod(places.grid)
         self.present = torch.ones(images, self.count, dtype=torch.bool)
+        self.sizes = torch.ones(images, self.count, dtype=torch.float64)
+        self.owner = torch.arange(self.count).repeat(images, 1)
+        self.merges = merges
         self.margin = math.inf
         self.safe: list[set[int]] = []
         self.frozen: Tensor | None = None
@@ -89,6 +105,7 @@ class Masking(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for module, number in self.places.additions:
             hooks.append(module.register_forward_hook(self._adds(number)))
         hooks += [module.register_forward_hook(self._averages) for module in self.places.means]
+        hooks += [module.register_forward_hook(self._largest) for module in self.places.largest]
         try:
             with self:
                 return model(*inputs)
@@ -104,34 +121,59 @@ class Masking(TorchDispatchMode):  # type: ignore[no-untyped-call]
             start = self.places.before
             patches = rows[:, start : start + self.count]
             if self.frozen is not None:
-                patches = torch.where(self.present[..., None], patches, self.frozen)
-                rows[:, start : start + self.count] = patches
+                rows[:, start : start + self.count] = self._ignoring_the_gone(patches)
             if number in self.cuts:
-                self.frozen = patches
-                self._cut(self.cuts[number])
+                self.frozen = rows[:, start : start + self.count].clone()
+                self._cut(self.cuts[number], self.frozen)
+                if self.merges:
+                    rows[:, start : start + self.count] = self.frozen
             return self.places.stream(rows)
 
         return hook
 
-    def _cut(self, count: int) -> None:
+    def _ignoring_the_gone(self, patches: Tensor) -> Tensor:
+        """``patches`` ``(B, N, C)`` with the rows that tokens have which left."""
+        if self.merges:
+            return patches.gather(1, self.owner[..., None].expand_as(patches))
+        assert self.frozen is not None
+        return torch.where(self.present[..., None], patches, self.frozen)
+
+    def _cut(self, count: int, patches: Tensor) -> None:
+        """Let all but ``count`` patch tokens of each image leave."""
         assert self.received is not None
-        budget = list(self.cuts.values())[-1]
         for image, scores in enumerate(self.received.tolist()):
-            if len(self.safe) <= image:
-                raise AssertionError("no anchors were sought before the first cut")
             left = self.present[image].nonzero().flatten().tolist()
             places = {p for p, position in enumerate(left) if position in self.safe[image]}
             ranked = [scores[position] for position in left]
             self._note_margin(ranked)
-            kept = survivors(places, ranked, min(count, len(left)))
+            kept = [left[place] for place in survivors(places, ranked, min(count, len(left)))]
+            if self.merges:
+                self._merge(image, left, kept, patches)
             self.present[image] = False
-            self.present[image, [left[place] for place in kept]] = True
-        assert budget <= count
+            self.present[image, kept] = True
+
+    def _merge(self, image: int, left: list[int], kept: list[int], patches: Tensor) -> None:
+        """Each token that leaves goes into the most similar one that stays, by cosine."""
+        before, sizes = patches[image].detach().clone(), self.sizes[image]
+        sums = {place: before[place] * sizes[place] for place in kept}
+        weights = {place: float(sizes[place]) for place in kept}
+        for place in (p for p in left if p not in kept):
+            alike = torch.cosine_similarity(before[place], before[kept], dim=-1)
+            self._note_margin(alike.tolist())
+            into = kept[int(alike.argmax())]
+            sums[into] = sums[into] + before[place] * sizes[place]
+            weights[into] += float(sizes[place])
+            self.owner[image, self.owner[image] == place] = into
+        for place in kept:
+            patches[image, place] = (sums[place] / weights[place]).to(patches.dtype)
+            sizes[place] = weights[place]
+        patches[image] = patches[image, self.owner[image]]
 
     def _note_margin(self, scores: Sequence[float]) -> None:
         ordered = sorted(scores)
+        largest = max(map(abs, ordered), default=1.0) or 1.0
         gaps = [b - a for a, b in zip(ordered, ordered[1:], strict=False)]
-        self.margin = min([self.margin, *(gap / max(ordered[-1], 1e-12) for gap in gaps)])
+        self.margin = min([self.margin, *(gap / largest for gap in gaps)])
 
     # ------------------------------------------------------------ attention
 
@@ -146,10 +188,17 @@ class Masking(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _averages(self, module: nn.Module, args: tuple[Tensor], out: Tensor) -> Tensor | None:
         (x,) = args
-        if self.frozen is None:
+        if self.frozen is None or self.merges:
             return None
         weights = self._shown(x.shape[1], x.dtype)
         return (x * weights[..., None]).sum(1, keepdim=True) / weights.sum(1)[:, None, None]
+
+    def _largest(self, module: nn.Module, args: tuple[Tensor], out: Tensor) -> Tensor | None:
+        (x,) = args
+        if self.frozen is None or self.merges:
+            return None
+        gone = self._shown(x.shape[1], x.dtype) == 0
+        return x.masked_fill(gone[..., None], -torch.inf).amax(1)
 
     def _shown(self, length: int, dtype: torch.dtype) -> Tensor:
         """Which of ``length`` tokens are left, ``(B, length)``, as zeros and ones."""
@@ -178,12 +227,29 @@ class Masking(TorchDispatchMode):  # type: ignore[no-untyped-call]
         length = probabilities.shape[-1]
         shown = self._shown(length, probabilities.dtype)
         images = shown.shape[0]
-        wide = probabilities.reshape(images, -1, *probabilities.shape[-2:]) * shown[:, None, None]
+        wide = probabilities.reshape(images, -1, *probabilities.shape[-2:])
+        wide = wide * self._weights(shown)[:, None, None]
         wide = wide / wide.sum(-1, keepdim=True)
         if wide.shape[-2] == length:
             wide = wide * shown[:, None, :, None]
             self._note_received(wide, shown)
+            if self.merges:
+                rows = torch.arange(length).repeat(images, 1)
+                start = self.places.before
+                rows[:, start : start + self.count] = self.owner + start
+                wide = wide.gather(2, rows[:, None, :, None].expand_as(wide))
         return wide.reshape(probabilities.shape)
+
+    def _weights(self, shown: Tensor) -> Tensor:
+        """What tokens weigh as keys, ``(B, length)``."""
+        if not self.merges:
+            return shown
+        if self.block is None:
+            return torch.ones_like(shown)
+        weights = shown.clone()
+        start = self.places.before
+        weights[:, start : start + self.count] *= self.sizes.to(shown.dtype)
+        return weights
 
     def _note_received(self, probabilities: Tensor, shown: Tensor) -> None:
         if self.block is None:

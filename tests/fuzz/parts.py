@@ -49,6 +49,13 @@ class TokenMean(nn.Module):
         return x.mean(1, keepdim=True)
 
 
+class TokenLargest(nn.Module):
+    """Largest values of tokens ``(B, L, C)``: ``(B, C)``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.amax(1)
+
+
 class Mlp(nn.Module):
     """Of tokens ``(B, L, C)``."""
 

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from tests.fuzz.grammar import cases
 from tests.fuzz.properties import Case, Outcome, check
-from tests.fuzz.simplify import error_of, same_kind, simplified, write_test
+from tests.fuzz.simplify import described, same_kind, simplified, write_test
 
 ROUND = 20
 """Cases drawn at a time."""
@@ -100,16 +100,15 @@ def fuzz(
             break
         try:
             tally.add(check(case))
-        except Exception:
-            _record(case, tally, folder, shrinking)
+        except Exception as error:
+            _record(case, described(error), tally, folder, shrinking)
         tally.cases += 1
         tally.seconds = time.monotonic() - start
         note(tally)
     return tally
 
 
-def _record(case: Case, tally: Tally, folder: Path, shrinking: float) -> None:
-    error = error_of(case) or "fails only the first time"
+def _record(case: Case, error: str, tally: Tally, folder: Path, shrinking: float) -> None:
     if any(same_kind(error, known) for known in tally.failures):
         tally.repeats += 1
         write_test(case, error, folder / "repeats")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,19 +13,30 @@ from tests.fuzz.properties import Case, Failure, check
 from tests.fuzz.spec import simpler
 
 
+KIND = 80
+"""Letters of an error that tell its kind, without numbers."""
+
+
 def error_of(case: Case) -> str:
-    """The first line of what goes wrong; empty if nothing does."""
+    """What goes wrong, in a line; empty if nothing does."""
     try:
         check(case)
     except Exception as error:
-        kind = "" if isinstance(error, Failure) else f"{type(error).__name__}: "
-        return kind + (str(error).splitlines() or [""])[0]
+        return described(error)
     return ""
 
 
+def described(error: Exception) -> str:
+    """An exception in a line; of one that Dynamo wraps, what it wraps."""
+    inner = getattr(error, "inner_exception", error)
+    kind = "" if isinstance(inner, Failure) else f"{type(inner).__name__}: "
+    return kind + (str(inner).splitlines() or [""])[0]
+
+
 def same_kind(a: str, b: str) -> bool:
-    """Whether two errors are of one property, or of one kind of exception."""
-    return bool(a) and a.split(":")[0] == b.split(":")[0]
+    """Whether two errors begin with the same words."""
+    first, second = (re.sub(r"[\d\W]+", " ", text)[:KIND] for text in (a, b))
+    return first == second
 
 
 def plainer(case: Case) -> Iterator[Case]:

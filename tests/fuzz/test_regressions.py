@@ -1,0 +1,31 @@
+"""Encoders in which fuzzing found something wrong, as plain as they get."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.fuzz.properties import Case, check
+from tests.fuzz.spec import Attention, Block, Encoder
+
+CASES = {
+    "a register read alone after the patch tokens": Case(
+        Encoder(
+            suffix=1,
+            blocks=(Block(attention=Attention(position="computed"), detour="flat"),),
+            final_norm=False,
+            head="mean",
+            batch=1,
+        ),
+        keep=0.25,
+    ),
+    "a linear layer that nobody reads, behind a gate": Case(
+        Encoder(blocks=(Block(),), dead=True), also="eventful"
+    ),
+    "an empty slice of a token axis": Case(Encoder(blocks=(Block(detour="grid"),))),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_case(name: str) -> None:
+    """Breaks as it did when the case was found."""
+    check(CASES[name])
