@@ -85,7 +85,7 @@ def test_budgets_change_without_recompilation(model: nn.Module) -> None:
 @pytest.mark.parametrize("method", [tokenpass.HiPrune(keep=0.5), tokenpass.Eventful(keep=0.5)])
 @torch.no_grad()
 def test_budgets_outlast_a_recompilation(method: Any) -> None:
-    """Breaks if the graph that Dynamo makes for another batch has the budget it was compiled with."""
+    """Breaks if the graph that Dynamo makes for another batch goes back to its first budget."""
     model = tiny.encoder()
     fast = torch.compile(model, backend=tokenpass.backend(method, inner="eager"), dynamic=False)
     fast(tiny.images(1))

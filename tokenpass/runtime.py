@@ -103,7 +103,7 @@ class CompiledGraph:
         return self._sessions.of_model(model)
 
     def _session(self, part: object) -> Session:
-        """A new session, with the budget that was set where Dynamo compiled the same part before."""
+        """A new session, with the budget that was set for the same part compiled before."""
         session = Session(part=part)
         for sibling in siblings(self, part)[:1]:
             session.follow(sibling)

@@ -263,7 +263,7 @@ class GatedGraph:
         return stream
 
     def _session(self, part: object) -> StreamSession:
-        """A new session, with the budget that was set where Dynamo compiled the same part before."""
+        """A new session, with the budget that was set for the same part compiled before."""
         session = StreamSession(part=part)
         for sibling in siblings(self, part)[:1]:
             session.follow(sibling)

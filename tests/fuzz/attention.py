@@ -114,7 +114,8 @@ class SelfAttention(nn.Module):
         if spec.norm == "layer":
             q, k = self.norm_q(q), self.norm_k(k)
         if spec.norm == "unit":
-            q, k = functional.normalize(q, dim=-1) * self.temperature, functional.normalize(k, dim=-1)
+            q, k = functional.normalize(q, dim=-1), functional.normalize(k, dim=-1)
+            q = q * self.temperature
         if spec.position in ("rotary", "halves", "computed"):
             q, k = self.rotary(q), self.rotary(k)
         if self.key_heads != self.heads:
@@ -139,8 +140,8 @@ class SelfAttention(nn.Module):
         if self.spec.mask == "keys":
             parts.append((x.mean(-1) > 0.5).to(x.dtype)[:, None, None, :] * -3.0)
         if self.spec.mask == "causal":
-            ones = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device)
-            parts.append(torch.zeros_like(ones, dtype=x.dtype).masked_fill(~ones.tril(), -torch.inf))
+            later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+            parts.append(torch.zeros_like(later, dtype=x.dtype).masked_fill(later, -torch.inf))
         return sum(parts[1:], parts[0]) if parts else None
 
     def _attend(
@@ -156,8 +157,8 @@ class SelfAttention(nn.Module):
             return functional.scaled_dot_product_attention(q, k, v, added), None
         if kind == "baddbmm" and not spec.heads_mixed:
             bias = torch.zeros(1, 1, length, length, dtype=q.dtype) if added is None else added
-            wide = bias.expand(batch, heads, length, length).reshape(-1, length, length)
-            joined = torch.baddbmm(wide, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=self.factor)
+            spread = bias.expand(batch, heads, length, length).reshape(-1, length, length)
+            joined = torch.baddbmm(spread, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=self.factor)
             shares = joined.softmax(-1).view(batch, heads, length, length)
             return shares @ v, shares
         scores = self._scores(q, k)
@@ -165,7 +166,8 @@ class SelfAttention(nn.Module):
             scores = self.mix_scores(scores.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         scores = scores if added is None else scores + added
         if kind == "float32":
-            shares = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+            wide = torch.promote_types(q.dtype, torch.float32)
+            shares = scores.softmax(-1, dtype=wide).to(q.dtype)
         elif kind == "keys first":
             shares = scores.transpose(-2, -1).softmax(-2).transpose(-2, -1)
         else:

@@ -77,7 +77,8 @@ class Mlp(nn.Module):
             self.mean, self.weigh = TokenMean(), nn.Linear(width, width)
         if kind == "experts":
             self.choose = nn.Linear(width, EXPERTS)
-            self.other = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, width))
+            layers = (nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, width))
+            self.other = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
         kind = self.kind

@@ -313,7 +313,8 @@ def require_same(
     require(len(found) == len(expected), name, f"{len(found)} tensors, not {len(expected)}")
     largest = max((float(b.abs().max()) for b in expected if b.numel()), default=0.0)
     for number, (a, b) in enumerate(zip(found, expected, strict=True)):
-        require(a.shape == b.shape, name, f"output {number}: {tuple(a.shape)}, not {tuple(b.shape)}")
+        shapes = f"output {number}: {tuple(a.shape)}, not {tuple(b.shape)}"
+        require(a.shape == b.shape, name, shapes)
         require(a.dtype == b.dtype, name, f"output {number}: {a.dtype}, not {b.dtype}")
         if not b.numel():
             continue
