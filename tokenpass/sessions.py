@@ -47,7 +47,6 @@ class Session:
         """Drop what earlier calls left; the budget is the one that was compiled."""
         self.keep = self.kept = None
 
-
     def follow(self, other: Session) -> None:
         """Take over what was set at run time for the same part of the model."""
         self.keep = other.keep

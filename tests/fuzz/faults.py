@@ -13,8 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.fuzz.properties import Case
-from tests.fuzz.spec import Attention, Block, Encoder
+from tests.fuzz.spec import Attention, Block, Case, Encoder
 from tokenpass import layout
 from tokenpass.layout import Layout
 from tokenpass.passes import conversions, gate_runs, prune, stages

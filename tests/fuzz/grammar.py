@@ -7,8 +7,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from tests.fuzz.properties import Case
-from tests.fuzz.spec import Attention, Block, Encoder
+from tests.fuzz.spec import Attention, Block, Case, Encoder
 
 DEPTHS = (1, 1, 2, 2, 3)
 """Blocks, as often as they are drawn."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -172,7 +173,7 @@ class Masking(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _note_margin(self, scores: Sequence[float]) -> None:
         ordered = sorted(scores)
         largest = max(map(abs, ordered), default=1.0) or 1.0
-        gaps = [b - a for a, b in zip(ordered, ordered[1:], strict=False)]
+        gaps = [b - a for a, b in pairwise(ordered)]
         self.margin = min([self.margin, *(gap / largest for gap in gaps)])
 
     # ------------------------------------------------------------ attention

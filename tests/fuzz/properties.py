@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from tests.fuzz.encoder import Model, build, images_of
 from tests.fuzz.layouts import rows_of, stream_of
 from tests.fuzz.masking import Masking, Places
 from tests.fuzz.parts import Addition, TokenMean
-from tests.fuzz.spec import Encoder, changed, choice
+from tests.fuzz.spec import Case, Encoder
 from tokenpass.methods import CUTS, DEEP_DEPTH, OBJECT_DEPTH, Budget
 
 ALPHA = 1.0
@@ -40,24 +40,6 @@ FRAMES: tuple[Budget | None, ...] = (None, 0.5, 1, None)
 
 
 @dataclass(frozen=True)
-class Case:
-    """What is tried.
-
-    Attributes:
-        encoder: The encoder.
-        keep: The reduced budget.
-        also: What is tried beside pruning with discarding.
-    """
-
-    encoder: Encoder = field(default_factory=Encoder)
-    keep: Budget = choice(0.5, 0.25, 0.75, 1, 3)
-    also: str = choice("merge", "eventful")
-
-    def __str__(self) -> str:
-        return f"Case({changed(self.encoder)}, keep={self.keep!r}, also={self.also!r})"
-
-
-@dataclass(frozen=True)
 class Outcome:
     """What was seen.
 
@@ -76,20 +58,20 @@ class Outcome:
         return self.pruned or bool(self.gated)
 
 
-class Failure(AssertionError):
+class BrokenPropertyError(AssertionError):
     """A property does not hold; the message begins with its name."""
 
 
 def require(condition: bool, name: str, detail: object = "") -> None:
     if not condition:
-        raise Failure(f"{name}: {detail}")
+        raise BrokenPropertyError(f"{name}: {detail}")
 
 
 def check(case: Case) -> Outcome:
     """Hold all properties against an encoder.
 
     Raises:
-        Failure: If one does not hold.
+        BrokenPropertyError: If one does not hold.
     """
     torch._dynamo.reset()
     model, images = build(case.encoder), images_of(case.encoder)
@@ -232,7 +214,7 @@ def _compared(
         tolerance = MERGED if merges else TOLERANCE
         name = f"outputs at reduced budget, {how}"
         require_same(reduced, expected, name, tolerance=tolerance)
-    except Failure:
+    except BrokenPropertyError:
         if masking.margin < UNDECIDED:
             return False
         raise

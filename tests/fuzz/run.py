@@ -11,8 +11,9 @@ from pathlib import Path
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from tests.fuzz.grammar import cases
-from tests.fuzz.properties import Case, Outcome, check
+from tests.fuzz.properties import Outcome, check
 from tests.fuzz.simplify import described, same_kind, simplified, write_test
+from tests.fuzz.spec import Case
 
 ROUND = 20
 """Cases drawn at a time."""

@@ -9,9 +9,8 @@ from dataclasses import replace
 from hashlib import sha1
 from pathlib import Path
 
-from tests.fuzz.properties import Case, Failure, check
-from tests.fuzz.spec import simpler
-
+from tests.fuzz.properties import BrokenPropertyError, check
+from tests.fuzz.spec import Case, simpler
 
 KIND = 80
 """Letters of an error that tell its kind, without numbers."""
@@ -29,7 +28,7 @@ def error_of(case: Case) -> str:
 def described(error: Exception) -> str:
     """An exception in a line; of one that Dynamo wraps, what it wraps."""
     inner = getattr(error, "inner_exception", error)
-    kind = "" if isinstance(inner, Failure) else f"{type(inner).__name__}: "
+    kind = "" if isinstance(inner, BrokenPropertyError) else f"{type(inner).__name__}: "
     return kind + (str(inner).splitlines() or [""])[0]
 
 
@@ -71,8 +70,8 @@ def write_test(case: Case, error: str, folder: Path) -> Path:
     path = folder / f"test_{sha1(str(case).encode()).hexdigest()[:8]}.py"
     path.write_text(
         f'"""Found by fuzzing: {error[:200]}"""\n\n'
-        "from tests.fuzz.properties import Case, check\n"
-        "from tests.fuzz.spec import Attention, Block, Encoder  # noqa: F401\n\n\n"
+        "from tests.fuzz.properties import check\n"
+        "from tests.fuzz.spec import Attention, Block, Case, Encoder  # noqa: F401\n\n\n"
         f"def test_case() -> None:\n    check({case})\n"
     )
     return path

@@ -162,6 +162,24 @@ class Encoder:
         return self.before + self.patches + self.after
 
 
+@dataclass(frozen=True)
+class Case:
+    """What is tried.
+
+    Attributes:
+        encoder: The encoder.
+        keep: The reduced budget.
+        also: What is tried beside pruning with discarding.
+    """
+
+    encoder: Encoder = field(default_factory=Encoder)
+    keep: int | float = choice(0.5, 0.25, 0.75, 1, 3)
+    also: str = choice("merge", "eventful")
+
+    def __str__(self) -> str:
+        return f"Case({changed(self.encoder)}, keep={self.keep!r}, also={self.also!r})"
+
+
 def simpler(spec: Any) -> Iterator[Any]:
     """Specs that are plainer than one in one thing, the boldest steps first."""
     for item in fields(spec):

@@ -9,9 +9,9 @@ import torch
 from tests.fuzz.encoder import build, images_of
 from tests.fuzz.grammar import DEPTHS
 from tests.fuzz.masking import Masking
-from tests.fuzz.properties import ALPHA, Case, places_in
+from tests.fuzz.properties import ALPHA, places_in
 from tests.fuzz.run import drawn, fuzz
-from tests.fuzz.spec import Attention, Block, Encoder, changed, simpler
+from tests.fuzz.spec import Attention, Block, Case, Encoder, changed, simpler
 
 SECONDS = 75.0
 """At most, with one more case: the whole file stays under two minutes on a slow core."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.fuzz.properties import Case, check
-from tests.fuzz.spec import Attention, Block, Encoder
+from tests.fuzz.properties import check
+from tests.fuzz.spec import Attention, Block, Case, Encoder
 
 CASES = {
     "a register read alone after the patch tokens": Case(
@@ -20,6 +20,16 @@ CASES = {
     ),
     "a linear layer that nobody reads, behind a gate": Case(
         Encoder(blocks=(Block(),), dead=True), also="eventful"
+    ),
+    "a slice of all tokens, behind a gate with more rows than an image has tokens": Case(
+        Encoder(prefix=0, blocks=(Block(attention=Attention(position="halves")),), batch=3),
+        also="eventful",
+    ),
+    "flattened batch and heads that come from different slices": Case(
+        Encoder(
+            blocks=(Block(), Block(attention=Attention(spelling="baddbmm", projections="chunks")))
+        ),
+        keep=0.25,
     ),
     "an empty slice of a token axis": Case(Encoder(blocks=(Block(detour="grid"),))),
 }
