@@ -31,6 +31,7 @@ def positions_case(**changes: Any) -> Case:
 
 DISCARD = positions_case(head="tokens")
 MERGE = positions_case(head="tokens", seed=1)
+ONE_CUT = Case(Encoder(grid=(3, 4), blocks=(Block(Attention(position="relative", mask="added")),)))
 ROTARY = Case(
     Encoder(grid=(3, 4), blocks=(Block(attention=Attention(position="rotary")),) * 2), keep=0.5
 )
@@ -147,7 +148,7 @@ def _nothing_written(right: Any) -> Callable[..., Any]:
 
 
 def _rows_of_the_first_image(right: Any) -> Callable[..., Any]:
-    return lambda positions, tokens: right(positions[:1].expand_as(positions), tokens)
+    return lambda positions, tokens: right(positions, 0)
 
 
 def _table_of_the_first_rows(right: Any) -> Callable[..., Any]:
@@ -168,8 +169,9 @@ def _same_batch_row(right: Any) -> Callable[..., Any]:
     return meet
 
 
-AT_TABLES = Case(
-    Encoder(grid=(3, 4), table="learned", blocks=(Block(), Block()), head="class"), also="eventful"
+TURNED = Case(
+    Encoder(grid=(3, 4), prefix=0, blocks=(Block(Attention(position="halves")), Block())),
+    also="eventful",
 )
 
 FAULTS = {
@@ -183,12 +185,12 @@ FAULTS = {
         Stages,
         "_mask",
         _without_masks,
-        Case(Encoder(grid=(3, 4), blocks=(Block(Attention(position="relative", mask="added")),))),
+        ONE_CUT,
     ),
     "drops the sizes of merged tokens": Fault(prune, "with_key_bias", _without_key_bias, MERGE),
     "merges into the wrong anchor": Fault(stages, "owners", _into_the_next_one, MERGE),
     "merges without weights": Fault(conversions, "merge", _plain_mean, MERGE),
-    "does not keep the order of the grid": Fault(stages, "best", _best_first),
+    "does not keep the order of the grid": Fault(stages, "best", _best_first, ONE_CUT),
     "ranks with the wrong scale": Fault(stages, "attention_received", _wrong_scale),
     "keeps the least attended tokens": Fault(stages, "best", _least_attended),
     "puts dropped tokens back in reverse": Fault(Conversions, "restore", _restored_in_reverse),
@@ -198,6 +200,6 @@ FAULTS = {
         gate_runs, "flat", _rows_of_the_first_image, GATED
     ),
     "forgets which rows of a table a gate needs": Fault(
-        RowLayout, "meet", _table_of_the_first_rows, AT_TABLES
+        RowLayout, "meet", _table_of_the_first_rows, TURNED
     ),
 }
