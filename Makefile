@@ -4,8 +4,10 @@ ZOO ?= ../shared
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 PYTEST := $(BIN)/python -m pytest
+SECONDS ?= 600
+SEED ?= 0
 
-.PHONY: help demo demo-video test quick coverage lint bench study zoo clean
+.PHONY: help demo demo-video test quick coverage lint fuzz bench study zoo clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/	/'
@@ -44,6 +46,9 @@ test: $(VENV)/test  ## All tests
 
 quick: $(VENV)/test  ## The tests that need neither Inductor nor minutes
 	$(PYTEST) --numprocesses 2 -m 'not slow and not inductor'
+
+fuzz: $(VENV)/test  ## Generated encoders, for SECONDS from SEED; failures go to fuzz-failures/
+	$(BIN)/python -m tests.fuzz --seconds $(SECONDS) --seed $(SEED)
 
 coverage: $(VENV)/test  ## All tests with branch coverage, which takes half as long again
 	$(PYTEST) --numprocesses 2 --cov --cov-report=term

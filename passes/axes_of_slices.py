@@ -56,8 +56,11 @@ def _slice(ctx: RuleContext, node: fx.Node) -> Effect:
     place = position(given["dim"], len(before))
     dim = before[place]
     start, stop, step = _bounds(given, size_of(dim))
-    if not dim or (same(start, ZERO) and same(stop, size_of(dim)) and step == 1):
+    if not dim:
         return Effect(What.VIEW, (before,), (before,))
+    if same(start, ZERO) and same(stop, size_of(dim)) and step == 1:
+        bounds = _slice_literals(_offsets(dim), start, stop)
+        return Effect(What.VIEW, (before,), (before,), literals=bounds)
     if step != 1:
         size = out_shape(node)[place]
         taken = _every(dim, start, sympy.Integer(step), size)

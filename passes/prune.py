@@ -182,7 +182,8 @@ class _Pruner:
             return node.target(*args, **kwargs)
 
     def _arguments(self, node: fx.Node, version: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        reads = iter(self.versions.reads.get((node, version), ()))
+        versions = self.versions.reads.get((node, version), ())
+        reads = iter(versions)
         seen = iter(self.facts.effects[node].seen)
 
         def produce(source: fx.Node) -> Any:
@@ -191,11 +192,10 @@ class _Pruner:
             return self._operand(node, source, next(seen), next(reads, 0), version)
 
         args, kwargs = fx.map_arg((node.args, node.kwargs), produce)
-        return (
-            with_arguments(node, args, kwargs, self.convert.literals(node, version))
-            if version
-            else (args, kwargs)
-        )
+        counted = self.plan.prefix_only if self.plan.prefix_only in versions else version
+        if not counted:
+            return args, kwargs
+        return with_arguments(node, args, kwargs, self.convert.literals(node, counted))
 
     def operand(self, reader: fx.Node, source: fx.Node, version: int) -> Tensor:
         """``source`` as ``reader`` sees it in a version."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import tokenpass
+from tests import tiny
 from tests.zoo import BY_NAME, DEPTH, relative_error
 
 ENTRY = BY_NAME["timm/vit_tiny_patch16_224"]
@@ -79,6 +80,23 @@ def test_budgets_change_without_recompilation(model: nn.Module) -> None:
     tokenpass.reset(fast)
     fast(images)
     assert tokenpass.kept(fast).shape == (2, TOKENS // 2)
+
+
+@pytest.mark.parametrize("method", [tokenpass.HiPrune(keep=0.5), tokenpass.Eventful(keep=0.5)])
+@torch.no_grad()
+def test_budgets_outlast_a_recompilation(method: Any) -> None:
+    """Breaks if the graph that Dynamo makes for another batch goes back to its first budget."""
+    model = tiny.encoder()
+    fast = torch.compile(model, backend=tokenpass.backend(method, inner="eager"), dynamic=False)
+    fast(tiny.images(1))
+    tokenpass.set_budget(fast, keep=0.25)
+    for _ in range(2):
+        fast(tiny.images(3))
+    if isinstance(method, tokenpass.HiPrune):
+        assert tokenpass.kept(fast).shape == (3, tiny.TOKENS // 4)
+    else:
+        passed = {int(row) for mask in tokenpass.stats(fast).selected for row in mask.sum(1)}
+        assert passed == {1 + tiny.TOKENS // 4}
 
 
 @torch.no_grad()

@@ -79,14 +79,25 @@ def join(candidates: Sequence[Dim]) -> tuple[Dim, frozenset[Axis]]:
     """The dimension along which elements of several operands meet, and what is lost by that.
 
     The best known of the candidates names the result. A constant that meets data loses its name and
-    nothing else; data that meets other data is mixed with it.
+    nothing else; data that meets other data is mixed with it. Of two products whose factors have
+    the same sizes only the factors that differ are lost.
     """
     real = [dim for dim in candidates if dim]
     if not real:
         return (), frozenset()
     best = max(real, key=structure)
-    others = [dim for dim in real if dim != best and is_data(dim)]
+    others = [_unlike(dim, best) for dim in real if dim != best and is_data(dim)]
     return best, axes_of(others)
+
+
+def _unlike(dim: Dim, best: Dim) -> Dim:
+    """The factors of ``dim`` whose positions are not those of ``best``."""
+    alike = len(dim) == len(best) and all(
+        same(a.size, b.size) for a, b in zip(dim, best, strict=True)
+    )
+    if not alike:
+        return dim
+    return tuple(a for a, b in zip(dim, best, strict=True) if a != b and a.axis.data)
 
 
 def broadcast(operand_dims: Sequence[Dims], rank: int) -> tuple[Dims, frozenset[Axis]]:

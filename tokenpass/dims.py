@@ -286,6 +286,8 @@ class AxisTable:
             elif not (high - low).is_nonpositive:
                 return whole(Axis(Kind.OPAQUE, stop - start, node, axis.data))
             begin = end
+        if not pieces:
+            return whole(Axis(Kind.OPAQUE, ZERO, node, False))
         return self.concat(pieces, node)
 
     def roll(self, dim: Dim, shift: Size, node: fx.Node | None) -> Dim:

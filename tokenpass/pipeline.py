@@ -112,6 +112,7 @@ def analyse(module: fx.GraphModule, inputs: Sequence[Any], *, rewriting: bool = 
 def _analyse(module: fx.GraphModule, inputs: Sequence[Any]) -> Analysis:
     captured = capture(module, inputs, DECOMPOSITIONS)
     functionalise(captured.module.graph, captured.mode)
+    captured.module.graph.eliminate_dead_code()
     captured.module.recompile()
     facts = label_axes(captured.module.graph, captured.constants)
     return Analysis(captured, facts, find_blocks(facts))

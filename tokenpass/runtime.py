@@ -18,7 +18,7 @@ from tokenpass.methods import Budget, HiPrune
 from tokenpass.options import Settings
 from tokenpass.pipeline import rewrite, undone
 from tokenpass.report import GraphReport
-from tokenpass.sessions import Session, Sessions, register
+from tokenpass.sessions import Session, Sessions, register, siblings
 
 Run = Callable[..., Any]
 
@@ -75,7 +75,7 @@ class CompiledGraph:
         self._method = settings.method
         self._module = module
         self._settings = settings
-        self._sessions = Sessions(lambda part: Session(part=part), inputs, frame)
+        self._sessions = Sessions(self._session, inputs, frame)
         self._lock = threading.Lock()
         rewriting = settings.always_rewrite or not self._method.full
         first = self._compile(self._method, inputs, rewriting=rewriting)
@@ -101,6 +101,13 @@ class CompiledGraph:
     def sessions(self, model: torch.nn.Module | None) -> list[Session]:
         """The sessions of a model; of every model where it is not known."""
         return self._sessions.of_model(model)
+
+    def _session(self, part: object) -> Session:
+        """A new session, with the budget that was set for the same part compiled before."""
+        session = Session(part=part)
+        for sibling in siblings(self, part)[:1]:
+            session.follow(sibling)
+        return session
 
     def _variant(self, keep: Budget | None, inputs: Sequence[Any]) -> Variant:
         key: Any = keep

@@ -47,6 +47,10 @@ class Session:
         """Drop what earlier calls left; the budget is the one that was compiled."""
         self.keep = self.kept = None
 
+    def follow(self, other: Session) -> None:
+        """Take over what was set at run time for the same part of the model."""
+        self.keep = other.keep
+
 
 _runs = itertools.count(1)
 
@@ -124,6 +128,17 @@ def register(graph: Graph) -> None:
         _graphs.pop(number, None)
 
     _graphs[number] = weakref.ref(graph, forget)
+
+
+def siblings(graph: Graph, part: object) -> list[Session]:
+    """Sessions of the same part of a model in graphs that Dynamo made for other inputs."""
+    return [
+        session
+        for other in graphs_of(graph.backend)
+        if other is not graph
+        for session in other.sessions(None)
+        if session.part == part
+    ]
 
 
 def graphs_of(backend: object) -> list[Graph]:

@@ -25,7 +25,7 @@ from tokenpass.options import Settings
 from tokenpass.pipeline import failed
 from tokenpass.runtime import Run, compile_inner, warn_of_nothing
 from tokenpass.scenes import SceneWatch
-from tokenpass.sessions import Session, Sessions, graphs_of, register
+from tokenpass.sessions import Session, Sessions, register, siblings
 from tokenpass.state import Slot, fresh_state
 
 log = logging.getLogger("tokenpass")
@@ -162,6 +162,11 @@ class StreamSession(Session):
                 stream.state = [x.detach().clone() for x in saved["state"]]
             stream.finite, stream.scenes = None, SceneWatch()
 
+    def follow(self, other: Session) -> None:
+        super().follow(other)
+        if isinstance(other, StreamSession):
+            self.threshold = other.threshold
+
     def forget(self) -> None:
         super().forget()
         self.threshold = None
@@ -203,7 +208,7 @@ class GatedGraph:
         self._method = settings.method
         self._module = module
         self._settings = settings
-        self._sessions = Sessions(lambda part: StreamSession(part=part), inputs, frame)
+        self._sessions = Sessions(self._session, inputs, frame)
         self._constants = frozenset(
             i
             for i, (n, x) in enumerate(
@@ -241,8 +246,8 @@ class GatedGraph:
         name = _stream.get({}).get(id(self.backend), DEFAULT_STREAM)
         with self._lock:
             if name not in session.streams:
-                for sibling in self._siblings(session):
-                    if name in sibling.streams:
+                for sibling in siblings(self, session.part):
+                    if isinstance(sibling, StreamSession) and name in sibling.streams:
                         session.streams[name] = sibling.streams.pop(name)
             stream = session.streams.setdefault(name, Stream())
             session.streams.move_to_end(name)
@@ -256,15 +261,12 @@ class GatedGraph:
                 )
         return stream
 
-    def _siblings(self, session: StreamSession) -> list[StreamSession]:
-        """Sessions of the same part of the model in graphs that Dynamo made for other shapes."""
-        return [
-            other
-            for graph in graphs_of(self.backend)
-            if isinstance(graph, GatedGraph) and graph is not self
-            for other in graph.sessions(None)
-            if other.part == session.part and other.streams
-        ]
+    def _session(self, part: object) -> StreamSession:
+        """A new session, with the budget that was set for the same part compiled before."""
+        session = StreamSession(part=part)
+        for sibling in siblings(self, part)[:1]:
+            session.follow(sibling)
+        return session
 
     def _run(
         self, session: StreamSession, stream: Stream, inputs: Sequence[Any], frames: Sequence[Any]
