@@ -33,7 +33,8 @@ class Projections(nn.Module):
             self.joint = nn.Linear(width, 3 * width, bias=bias)
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.each)).transpose(1, 2)
+        heads: Tensor = x.unflatten(-1, (-1, self.each))
+        return heads.transpose(1, 2)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         batch, length, _ = x.shape
@@ -72,6 +73,9 @@ class SelfAttention(nn.Module):
     Returns:
         The tokens that come out, and the probabilities where the spelling has them.
     """
+
+    hidden: Tensor
+    shown: Tensor
 
     def __init__(self, spec: Attention, encoder: Encoder) -> None:
         super().__init__()

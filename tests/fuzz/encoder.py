@@ -140,7 +140,8 @@ class Pool(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         k, v = self.both(x).chunk(2, -1)
         shares = (self.query @ k.transpose(1, 2) * k.shape[-1] ** -0.5).softmax(-1)
-        return (shares @ v).squeeze(1)
+        pooled: Tensor = shares @ v
+        return pooled.squeeze(1)
 
 
 class Model(nn.Module):

@@ -26,8 +26,10 @@ def stream_of(rows: Tensor, encoder: Encoder) -> Tensor:
     if layout == "channels first":
         return rows.transpose(1, 2)
     if layout == "map":
-        return rows.unflatten(1, encoder.grid)
-    return rows.transpose(1, 2).unflatten(2, encoder.grid) if layout == "image" else rows
+        rows = rows.unflatten(1, encoder.grid)
+    if layout == "image":
+        rows = rows.transpose(1, 2).unflatten(2, encoder.grid)
+    return rows
 
 
 def channels_last(x: Tensor, layout: str) -> Tensor:

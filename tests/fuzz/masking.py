@@ -56,7 +56,7 @@ class Places:
     grid: tuple[int, int]
 
 
-class Masking(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Masking(TorchDispatchMode):
     """Runs a model with fewer and fewer tokens.
 
     Args:
@@ -82,7 +82,7 @@ class Masking(TorchDispatchMode):  # type: ignore[no-untyped-call]
         *,
         merges: bool = False,
     ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.places, self.cuts = places, cuts
         self.object_block, self.alpha = object_block, alpha
         self.count = math.prod(places.grid)

@@ -28,6 +28,8 @@ def sinusoids(length: int, width: int) -> Tensor:
 class Table(nn.Module):
     """Positions that are added to tokens ``(B, L, C)``."""
 
+    waves: Tensor
+
     def __init__(self, encoder: Encoder, length: int) -> None:
         super().__init__()
         self.kind = encoder.table if length == encoder.patches else "learned"
@@ -58,6 +60,8 @@ class Table(nn.Module):
 class Relative(nn.Module):
     """A learned bias for each head and each difference of places, ``(1, h, L, L)``."""
 
+    index: Tensor
+
     def __init__(self, encoder: Encoder, heads: int) -> None:
         super().__init__()
         rows, columns = encoder.grid
@@ -74,6 +78,9 @@ class Relative(nn.Module):
 
 class Distance(nn.Module):
     """The farther the key, the lower the score; a slope for each head, ``(1, h, L, L)``."""
+
+    away: Tensor
+    slopes: Tensor
 
     def __init__(self, encoder: Encoder, heads: int) -> None:
         super().__init__()
@@ -92,6 +99,10 @@ class Rotary(nn.Module):
     Heads that are too narrow for pairs of rows and of columns are turned by one place number; heads
     of one channel are left alone.
     """
+
+    angles: Tensor
+    sines: Tensor
+    cosines: Tensor
 
     def __init__(self, encoder: Encoder, each: int, kind: str) -> None:
         super().__init__()

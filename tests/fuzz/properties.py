@@ -176,7 +176,7 @@ def places_in(model: Model, residuals: Sequence[int]) -> Places | None:
     """
     spec = model.spec
     blocks = [model.blocks[0] if spec.shared else block for block in model.blocks]
-    whole: list[Any] = [block for block in blocks if not block.windowed]  # type: ignore[union-attr]
+    whole: list[Any] = [block for block in blocks if not block.windowed]
     if len(whole) != len(residuals) or (spec.shared and len(blocks) > 1):
         return None
     ends: dict[nn.Module, int] = {}
