@@ -120,7 +120,8 @@ class _Planner:
             at = self.places[layer - 1]
             cuts.append(Cut(len(cuts) + 1, layer, at, left))
         written = written_values(self.facts.graph)
-        pinned = [cut.at for cut in cuts if cut.at in written]
+        stream = [*(cut.at for cut in cuts), *(block.out for block in self.blocks)]
+        pinned = [node for node in stream if node in written]
         if pinned:
             return NoMatch(PATTERN, "the stream is written into in place", tuple(pinned))
         chosen = self._behind(cuts)

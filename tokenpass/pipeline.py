@@ -331,7 +331,7 @@ def _with_partial(
     always: bool,
 ) -> tuple[Analysis, Rewrite]:
     """``planned``, or the partial pruning that can be made where it cannot, or saves less."""
-    if planned.plan is not None and not _needs_all_tokens(analysis):
+    if not _needs_all_tokens(analysis) and plan(analysis, method, always=True).plan is not None:
         return analysis, planned
     numbers = _for_these_sizes(analysis, module, inputs)
     partly = replace(plan_partly(numbers, method, always=always), batch=numbers.batch_inputs())

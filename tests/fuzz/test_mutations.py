@@ -39,7 +39,7 @@ def _unfused(model: Any) -> nn.Module:
 
 def _round(way: Callable[[Tensor], Tensor]) -> Callable[[Any], nn.Module]:
     def mutated(model: Any) -> nn.Module:
-        model.blocks = nn.ModuleList(Before(block, way) for block in model.blocks)
+        model.blocks = nn.Sequential(*(Before(block, way) for block in model.blocks))
         return model  # type: ignore[no-any-return]
 
     return mutated
