@@ -10,9 +10,10 @@ from torch import Tensor, fx
 
 from tokenpass.capture import Captured
 from tokenpass.facts import Facts
-from tokenpass.gates import change, flat, let_through, over_threshold, positions_of
+from tokenpass.gates import change, let_through, over_threshold, positions_of
 from tokenpass.gating import Gating, needed_nodes
 from tokenpass.graph import operands
+from tokenpass.merging import rows_of_all
 from tokenpass.passes.graph_run import GraphRun
 from tokenpass.passes.update_attention import AttentionUpdates
 from tokenpass.state import StateTable
@@ -114,7 +115,7 @@ class IncrementalRun(GateRun):
         if self.plan.method.ranking == "random":
             moved = torch.rand_like(moved)
         positions, valid = self._selected(number, moved)
-        rows = flat(positions, layout.count)
+        rows = rows_of_all(positions, layout.count)
         taken = [x.index_select(0, rows) for x in now]
         if valid is not None:
             last = [x.index_select(0, rows) for x in before]

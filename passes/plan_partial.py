@@ -6,8 +6,9 @@ there is one plan; the one that saves most is made.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import sympy
 from torch import fx
@@ -49,7 +50,14 @@ def plan_partial(
         key = (frozenset(region.layout.batch), frozenset(region.layout.tokens))
         groups.setdefault(key, []).append(region)
     largest_first = sorted(groups.values(), key=len, reverse=True)
-    plans = [_Planner(facts, group, around.blocks, method).plan() for group in largest_first]
+    context = _Context(
+        facts,
+        method,
+        {node: place for place, node in enumerate(facts.graph.nodes)},
+        ancestors(facts.graph),
+        written_values(facts.graph),
+    )
+    plans = [_Planner(context, group, around.blocks).plan() for group in largest_first]
     made = [plan for plan in plans if isinstance(plan, PartialPruning)]
     if made or not plans:
         return made or NoMatch(PATTERN, "no linear layer treats every patch token alone", ())
@@ -67,19 +75,37 @@ def _not_asked_for(method: HiPrune) -> str:
     return ""
 
 
+@dataclass(frozen=True)
+class _Context:
+    """What all plans of a graph share.
+
+    Attributes:
+        facts: Of the graph.
+        method: What was asked for.
+        order: Places of the nodes.
+        sets: From :func:`ancestors`.
+        written: What the graph writes into.
+    """
+
+    facts: Facts
+    method: HiPrune
+    order: Mapping[fx.Node, int]
+    sets: Mapping[fx.Node, int]
+    written: frozenset[fx.Node]
+
+
 class _Planner:
     """Plans the cuts of one set of tokens."""
 
     def __init__(
-        self, facts: Facts, regions: Sequence[Region], blocks: Sequence[Block], method: HiPrune
+        self, context: _Context, regions: Sequence[Region], blocks: Sequence[Block]
     ) -> None:
-        self.facts = facts
-        self.method = method
+        self.context = context
+        self.facts = context.facts
+        self.method = context.method
         self.regions = regions
         self.layout = regions[0].layout
         self.fixed = regions[0].fixed
-        self.order = {node: place for place, node in enumerate(facts.graph.nodes)}
-        self.sets = ancestors(facts.graph)
         found = [(block, self._cut_of(block)) for block in blocks]
         self.blocks = [block for block, at in found if at is not None]
         self.places = [at for _, at in found if at is not None]
@@ -94,7 +120,7 @@ class _Planner:
             return at if self._carries(at) else None
         inside = {node for region in self.regions for node in region.nodes}
         reads = (node for region in self.regions for node in region.inputs)
-        behind = (n for n in reads if depends(self.sets, n, block.out) and n not in inside)
+        behind = (n for n in reads if depends(self.context.sets, n, block.out) and n not in inside)
         return next((node for node in behind if self._carries(node)), None)
 
     def _carries(self, node: fx.Node) -> bool:
@@ -119,9 +145,8 @@ class _Planner:
             left = min(left, token_budget(keep, patches))
             at = self.places[layer - 1]
             cuts.append(Cut(len(cuts) + 1, layer, at, left))
-        written = written_values(self.facts.graph)
         stream = [*(cut.at for cut in cuts), *(block.out for block in self.blocks)]
-        pinned = [node for node in stream if node in written]
+        pinned = [node for node in stream if node in self.context.written]
         if pinned:
             return NoMatch(PATTERN, "the stream is written into in place", tuple(pinned))
         chosen = self._behind(cuts)
@@ -138,12 +163,12 @@ class _Planner:
         for region in self.regions:
             if not (self.method.merges or self._is_branch(region)):
                 continue
-            start = min(self.order[node] for node in region.nodes)
+            start = min(self.context.order[node] for node in region.nodes)
             before = [
                 cut.number
                 for cut in cuts
-                if self.order[cut.at] < start
-                and all(depends(self.sets, node, cut.at) for node in region.outputs)
+                if self.context.order[cut.at] < start
+                and all(depends(self.context.sets, node, cut.at) for node in region.outputs)
             ]
             if before:
                 same_order = replace(region, layout=self.layout)
@@ -172,14 +197,7 @@ def _grid_shape(layout: RowLayout) -> tuple[int, ...] | str:
     if concat_axis(layout.tokens) is None and concat_axis(patches) is not None:
         return "the patch tokens do not lie in one piece"
     sizes = tuple(int(factor.size) for factor in patches)
-    return sizes if len(sizes) in (2, 3) else (1, _product(sizes))
-
-
-def _product(sizes: Sequence[int]) -> int:
-    total = 1
-    for size in sizes:
-        total *= size
-    return total
+    return sizes if len(sizes) in (2, 3) else (1, math.prod(sizes))
 
 
 def partial_cost(facts: Facts, plan: PartialPruning) -> Size:

@@ -18,12 +18,10 @@ from tokenpass import torch_internals as internals
 from tokenpass.capture import Captured
 from tokenpass.facts import Facts
 from tokenpass.gating import Region
-from tokenpass.merging import merge, merged_sizes, owners, take
+from tokenpass.merging import merge, merged_sizes, owners, rows_of_all, take
 from tokenpass.partial import Cut, PartialPruning
 from tokenpass.passes.graph_run import GraphRun
 from tokenpass.selection import anchors_and_buffers, best
-
-RULE = "prune partly"
 
 
 def prune_partly(captured: Captured, facts: Facts, plan: PartialPruning) -> fx.GraphModule:
@@ -64,7 +62,7 @@ class _Left:
 
 
 class _Run(GraphRun):
-    rule = RULE
+    rule = "prune partly"
 
     def __init__(self, captured: Captured, facts: Facts, plan: PartialPruning) -> None:
         super().__init__(captured, facts)
@@ -108,10 +106,10 @@ class _Run(GraphRun):
             safe = before.safe
         kept = best(safe, scores, cut.count)
         owner = owners(here.detach(), kept)
-        self.left[cut.number] = left = self._those_left(before, kept, owner, safe, places)
+        sizes = torch.ones_like(owner, dtype=torch.float32) if before is None else before.sizes
+        self.left[cut.number] = left = self._those_left(before, kept, owner, sizes, safe, places)
         if not self.plan.method.merges or here.shape[1] == cut.count:
             return
-        sizes = torch.ones_like(owner, dtype=torch.float32) if before is None else before.sizes
         merged = take(merge(here, sizes, owner, left.sizes), left.owner)
         index = places.reshape(1, -1, 1).expand(layout.images, -1, sequence.shape[2])
         restored = sequence.scatter(1, index, merged)
@@ -136,14 +134,18 @@ class _Run(GraphRun):
         return distance
 
     def _those_left(
-        self, before: _Left | None, kept: Tensor, owner: Tensor, safe: Tensor, places: Tensor
+        self,
+        before: _Left | None,
+        kept: Tensor,
+        owner: Tensor,
+        sizes: Tensor,
+        safe: Tensor,
+        places: Tensor,
     ) -> _Left:
         layout = self.plan.layout
         positions = kept if before is None else before.positions.gather(1, kept)
-        sizes = torch.ones_like(owner, dtype=torch.float32) if before is None else before.sizes
         count = kept.shape[1]
         owner_of_all = owner if before is None else owner.gather(1, before.owner)
-        images = torch.arange(layout.images, device=kept.device).reshape(-1, 1)
         fixed = torch.tensor(self.plan.fixed, dtype=torch.int64, device=kept.device)
         tokens = torch.cat([fixed.expand(layout.images, -1), places[positions]], 1)
         back = torch.empty(
@@ -156,8 +158,8 @@ class _Run(GraphRun):
             safe=safe.gather(1, kept),
             owner=owner_of_all,
             sizes=merged_sizes(sizes, owner, count),
-            rows=(tokens + images * layout.count).reshape(-1),
-            back=(back + images * tokens.shape[1]).reshape(-1),
+            rows=rows_of_all(tokens, layout.count),
+            back=rows_of_all(back, tokens.shape[1]),
         )
 
     # ------------------------------------------------------------ behind it

@@ -244,7 +244,7 @@ def _backend(compiled: Any) -> object:
     return backend
 
 
-def _sessions(compiled: Any) -> list[tuple[Graph, Session]]:
+def _sessions(compiled: Any) -> list[tuple[Graph[Any], Session]]:
     model = internals.original_module(compiled)
     graphs = graphs_of(_backend(compiled))
     found = [(graph, session) for graph in graphs for session in graph.sessions(model)]

@@ -11,7 +11,7 @@ from torch import fx
 from tokenpass import torch_internals as internals
 from tokenpass.blocks import NoMatch
 from tokenpass.errors import OptionError
-from tokenpass.gating import Gating, gateable, passing
+from tokenpass.gating import Gating, gateable, passing, passing_counts
 from tokenpass.methods import Eventful
 from tokenpass.passes.check import check_gated
 from tokenpass.passes.gate import Traced, gate, state_of
@@ -56,7 +56,7 @@ def plan_gates(analysis: Analysis, method: Eventful, *, always: bool) -> Gated:
     plan = plan_gating(facts, analysis.found, constants, method, always=always)
     if isinstance(plan, NoMatch):
         return Gated(refused(report, refusal_of(plan)))
-    counts = [passing(method, patches) + fixed for patches, fixed in plan.sizes]
+    counts = [*passing_counts(plan, method).values()]
     work = operations(facts, plan)
     cost = gated_cost(plan, work, counts)
     return Gated(

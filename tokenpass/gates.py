@@ -100,11 +100,3 @@ def positions_of(passing: Tensor) -> tuple[Tensor, Tensor]:
 def _length(x: Tensor, norm: float) -> Tensor:
     length: Tensor = torch.linalg.vector_norm(x, norm, dim=1)
     return length
-
-
-def flat(positions: Tensor, tokens: int) -> Tensor:
-    """Positions in each image ``(B, K)`` as rows of all images, ``(B * K,)``."""
-    if positions.shape[0] == 1:
-        return positions.reshape(-1)
-    first = torch.arange(positions.shape[0], device=positions.device)[:, None] * tokens
-    return (positions + first).reshape(-1)

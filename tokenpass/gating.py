@@ -105,6 +105,11 @@ def passing(method: Eventful, patches: int) -> int:
     return token_budget(method.keep, patches)
 
 
+def passing_counts(plan: Gating, method: Eventful) -> dict[tuple[int, int], int]:
+    """Tokens of an image, fixed ones included, that pass the gates of each of ``plan.sizes``."""
+    return {(patches, fixed): passing(method, patches) + fixed for patches, fixed in plan.sizes}
+
+
 def budget(plan: Gating, method: Eventful) -> list[int]:
     """The numbers that an incremental graph takes: ``plan``'s for a budget that may have changed.
 
@@ -113,7 +118,7 @@ def budget(plan: Gating, method: Eventful) -> list[int]:
     """
     if method.keep is None:
         return []
-    counts = {(patches, fixed): passing(method, patches) + fixed for patches, fixed in plan.sizes}
+    counts = passing_counts(plan, method)
     given = [*counts.values()]
     if method.threshold is None:
         given += [exchange_count(sum(size), counts[size]) for size in plan.exchanging]

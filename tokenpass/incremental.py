@@ -55,7 +55,6 @@ EXCHANGE_COST = 3.4
 OVERHEAD = 220
 """Work that does not depend on the number of changed tokens, in rows of dense attention."""
 
-
 SCORE_BYTES = 2**23
 """Scores that a compiled graph holds at once; of more, blocks are faster.
 

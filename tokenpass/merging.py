@@ -15,9 +15,14 @@ from tokenpass.kernels import most_similar
 def take(x: Tensor, positions: Tensor) -> Tensor:
     """Rows of ``x`` ``(B, N, ...)`` at ``positions`` ``(B, K)``: ``(B, K, ...)``."""
     images, tokens, *rest = x.shape
-    first = torch.arange(images, device=positions.device)[:, None] * tokens
-    rows = (positions + first).reshape(-1)
+    rows = rows_of_all(positions, tokens)
     return x.reshape(images * tokens, *rest).index_select(0, rows).reshape(*positions.shape, *rest)
+
+
+def rows_of_all(positions: Tensor, tokens: int) -> Tensor:
+    """Positions in each image ``(B, K)`` as rows of all images, ``(B * K,)``."""
+    first = torch.arange(positions.shape[0], device=positions.device)[:, None] * tokens
+    return (positions + first).reshape(-1)
 
 
 def complement(positions: Tensor, tokens: int) -> Tensor:

@@ -238,6 +238,13 @@ def _partial_blocks(decided: PartialPruning) -> list[BlockReport]:
     return rows
 
 
+def _could_be_made(analysis: Analysis, planned: Rewrite, method: HiPrune, always: bool) -> bool:
+    """Whether only the cost model stands in the way of a plan, if anything does."""
+    if planned.plan is not None or always:
+        return planned.plan is not None
+    return plan(analysis, method, always=True).plan is not None
+
+
 def _cheaper_partly(analysis: Analysis, numbers: Analysis, method: HiPrune) -> bool:
     """Whether partial pruning saves more, at a budget below the full one."""
     probe = method.with_budget(DEFAULT_KEEP) if method.full else method
@@ -331,7 +338,7 @@ def _with_partial(
     always: bool,
 ) -> tuple[Analysis, Rewrite]:
     """``planned``, or the partial pruning that can be made where it cannot, or saves less."""
-    if not _needs_all_tokens(analysis) and plan(analysis, method, always=True).plan is not None:
+    if not _needs_all_tokens(analysis) and _could_be_made(analysis, planned, method, always):
         return analysis, planned
     numbers = _for_these_sizes(analysis, module, inputs)
     partly = replace(plan_partly(numbers, method, always=always), batch=numbers.batch_inputs())

@@ -158,14 +158,7 @@ def weigh(
 
 
 @weigh.register_fake
-def _(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    places: Tensor,
-    bias: Tensor | None,
-    reference: Tensor,
-) -> tuple[Tensor, Tensor]:
+def _(query: Tensor, keys: Tensor, values: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
     rows = query.shape[:3]
     return values.new_empty((*rows, values.shape[3])), values.new_empty((*rows, 2))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from tokenpass.methods import Budget, HiPrune
 from tokenpass.options import Settings
 from tokenpass.pipeline import rewrite, undone
 from tokenpass.report import GraphReport
-from tokenpass.sessions import Session, Sessions, register, siblings
+from tokenpass.sessions import Graph, Session, register
 
 Run = Callable[..., Any]
 
@@ -51,7 +50,7 @@ class Variant:
         return outputs, torch.arange(self.report.tokens).expand(images, -1)
 
 
-class CompiledGraph:
+class CompiledGraph(Graph[Session]):
     """What Dynamo calls in place of a graph.
 
     Args:
@@ -71,12 +70,8 @@ class CompiledGraph:
         frame: int | None = None,
     ) -> None:
         assert isinstance(settings.method, HiPrune)
-        self.backend = backend
+        super().__init__(module, settings, inputs, Session, backend, frame)
         self._method = settings.method
-        self._module = module
-        self._settings = settings
-        self._sessions = Sessions(self._session, inputs, frame)
-        self._lock = threading.Lock()
         rewriting = settings.always_rewrite or not self._method.full
         first = self._compile(self._method, inputs, rewriting=rewriting)
         self._dynamic = any(isinstance(x, torch.SymInt) for x in inputs)
@@ -85,11 +80,6 @@ class CompiledGraph:
             warn_of_nothing(first.report)
         register(self)
 
-    @property
-    def method(self) -> HiPrune:
-        """The method that the model was compiled with."""
-        return self._method
-
     def __call__(self, *inputs: Any) -> Any:
         session = self._sessions.of(inputs)
         variant = self._variant(session.keep, inputs)
@@ -97,17 +87,6 @@ class CompiledGraph:
         session.report = variant.report
         session.mark()
         return outputs
-
-    def sessions(self, model: torch.nn.Module | None) -> list[Session]:
-        """The sessions of a model; of every model where it is not known."""
-        return self._sessions.of_model(model)
-
-    def _session(self, part: object) -> Session:
-        """A new session, with the budget that was set for the same part compiled before."""
-        session = Session(part=part)
-        for sibling in siblings(self, part)[:1]:
-            session.follow(sibling)
-        return session
 
     def _variant(self, keep: Budget | None, inputs: Sequence[Any]) -> Variant:
         key: Any = keep

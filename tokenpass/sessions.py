@@ -7,16 +7,18 @@ one for each model, told apart by its parameters.
 from __future__ import annotations
 
 import itertools
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.utils.weak import WeakIdKeyDictionary
 
 from tokenpass.methods import Budget, Method
+from tokenpass.options import Settings
 from tokenpass.report import GraphReport
 
 
@@ -104,23 +106,55 @@ class Sessions(Generic[AnySession]):
         return [self._known[p] for p in model.parameters() if p in self._known]
 
 
-class Graph(Protocol):
-    """What Dynamo calls in place of a graph, as far as questions to it go."""
+class Graph(Generic[AnySession]):
+    """What Dynamo calls in place of a graph, with a session for each model.
 
-    backend: object | None
+    Args:
+        module: Dynamo's graph.
+        settings: How to compile it.
+        inputs: Example inputs.
+        kind: Of the sessions.
+        backend: The backend object of the ``torch.compile`` call.
+        frame: The number of the frame that the graph was made of, if Dynamo made it.
+    """
+
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        settings: Settings,
+        inputs: Sequence[Any],
+        kind: type[AnySession],
+        backend: object | None,
+        frame: int | None,
+    ) -> None:
+        self.backend = backend
+        self._module = module
+        self._settings = settings
+        self._kind = kind
+        self._sessions = Sessions(self._session, inputs, frame)
+        self._lock = threading.Lock()
 
     @property
     def method(self) -> Method:
         """The method that the model was compiled with."""
+        return self._settings.method
 
-    def sessions(self, model: torch.nn.Module | None) -> Sequence[Session]:
+    def sessions(self, model: torch.nn.Module | None) -> list[AnySession]:
         """The sessions of a model; of every model where it is not known."""
+        return self._sessions.of_model(model)
+
+    def _session(self, part: object) -> AnySession:
+        """A new session, with the budget that was set for the same part compiled before."""
+        session = self._kind(part=part)
+        for sibling in siblings(self, part)[:1]:
+            session.follow(sibling)
+        return session
 
 
 _graphs: dict[int, weakref.ref[Any]] = {}
 
 
-def register(graph: Graph) -> None:
+def register(graph: Graph[Any]) -> None:
     """Make a graph known to :func:`graphs_of`, as long as it lives."""
     number = max(_graphs, default=0) + 1
 
@@ -130,7 +164,7 @@ def register(graph: Graph) -> None:
     _graphs[number] = weakref.ref(graph, forget)
 
 
-def siblings(graph: Graph, part: object) -> list[Session]:
+def siblings(graph: Graph[Any], part: object) -> list[Session]:
     """Sessions of the same part of a model in graphs that Dynamo made for other inputs."""
     return [
         session
@@ -141,7 +175,7 @@ def siblings(graph: Graph, part: object) -> list[Session]:
     ]
 
 
-def graphs_of(backend: object) -> list[Graph]:
+def graphs_of(backend: object) -> list[Graph[Any]]:
     """The graphs that a ``torch.compile`` call has compiled so far, in that order.
 
     Calls with equal options share compiled code, as they do in Dynamo.

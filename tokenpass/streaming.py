@@ -25,7 +25,7 @@ from tokenpass.options import Settings
 from tokenpass.pipeline import failed
 from tokenpass.runtime import Run, compile_inner, warn_of_nothing
 from tokenpass.scenes import SceneWatch
-from tokenpass.sessions import Session, Sessions, register, siblings
+from tokenpass.sessions import Graph, Session, register, siblings
 from tokenpass.state import Slot, fresh_state
 
 log = logging.getLogger("tokenpass")
@@ -182,7 +182,7 @@ class Compiled:
     incremental: Run | None
 
 
-class GatedGraph:
+class GatedGraph(Graph[StreamSession]):
     """What Dynamo calls in place of a graph.
 
     Everything is compiled for the shapes of the first frame that has them.
@@ -204,11 +204,8 @@ class GatedGraph:
         frame: int | None = None,
     ) -> None:
         assert isinstance(settings.method, Eventful)
-        self.backend = backend
+        super().__init__(module, settings, inputs, StreamSession, backend, frame)
         self._method = settings.method
-        self._module = module
-        self._settings = settings
-        self._sessions = Sessions(self._session, inputs, frame)
         self._constants = frozenset(
             i
             for i, (n, x) in enumerate(
@@ -217,17 +214,7 @@ class GatedGraph:
             if internals.is_model_state(n, x)
         )
         self._compiled: dict[Signature, Compiled] = {}
-        self._lock = threading.Lock()
         register(self)
-
-    @property
-    def method(self) -> Eventful:
-        """The method that the model was compiled with."""
-        return self._method
-
-    def sessions(self, model: torch.nn.Module | None) -> list[StreamSession]:
-        """The sessions of a model; of every model where it is not known."""
-        return self._sessions.of_model(model)
 
     def __call__(self, *inputs: Any) -> Any:
         _refuse_gradients(inputs)
@@ -260,13 +247,6 @@ class GatedGraph:
                     stacklevel=2,
                 )
         return stream
-
-    def _session(self, part: object) -> StreamSession:
-        """A new session, with the budget that was set for the same part compiled before."""
-        session = StreamSession(part=part)
-        for sibling in siblings(self, part)[:1]:
-            session.follow(sibling)
-        return session
 
     def _run(
         self, session: StreamSession, stream: Stream, inputs: Sequence[Any], frames: Sequence[Any]

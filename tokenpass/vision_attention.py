@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,9 +51,10 @@ class Layer:
     def layout(self) -> tuple[tuple[int, int], ...]:
         return tuple(self.shapes)
 
-    def sequence_lengths(self) -> list[int]:
-        """Tokens of each sequence."""
-        return [tokens for rows, tokens in self.shapes for _ in range(rows)]
+
+def sequence_lengths(layout: Iterable[tuple[int, int]]) -> list[int]:
+    """Tokens of each sequence of a layer whose calls have shapes ``(B, N)``."""
+    return [tokens for rows, tokens in layout for _ in range(rows)]
 
 
 class AttentionWatch(TorchFunctionMode):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tokenpass.errors import OptionError, TokenpassError
 from tokenpass.methods import OBJECT_DEPTH, HiPrune, layer_at
-from tokenpass.vision_attention import AttentionWatch, Layer
+from tokenpass.vision_attention import AttentionWatch, Layer, sequence_lengths
 from tokenpass.visual_cells import Cells, NotReachedError, find_cells
 from tokenpass.visual_grid import Raster, Sizes, rasters
 from tokenpass.visual_tokens import VisualTokens
@@ -173,7 +173,7 @@ class VisualEncoder:
                 f"one, {known.cells.layout}: choose object_layer and deep_layer among its like"
             )
         if method.compat == "qwen":  # the published code sums over queries
-            lengths = torch.tensor(layer.sequence_lengths(), device=received.device)
+            lengths = torch.tensor(sequence_lengths(layer.layout), device=received.device)
             received = received * lengths.repeat_interleave(lengths)
         return known.cells.mean(received)
 
@@ -211,7 +211,7 @@ class VisualEncoder:
     @staticmethod
     def _has_class_token(known: Structure) -> bool:
         """Whether the first token of each sequence goes into no visual token."""
-        lengths = [tokens for rows, tokens in known.cells.layout for _ in range(rows)]
+        lengths = sequence_lengths(known.cells.layout)
         starts = torch.tensor([0, *lengths]).cumsum(0)[:-1].to(known.cells.tokens.device)
         return not bool(torch.isin(starts, known.cells.tokens).any())
 
@@ -264,13 +264,8 @@ def _recording(needed: bool) -> Iterator[None]:
 
 def _recorded(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Inputs that autograd can work with: tensors of inference mode are copied."""
-
-    def usable(value: Any) -> Any:
-        if isinstance(value, (list, tuple)):
-            return type(value)(usable(x) for x in value)
-        return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
-
-    return {name: usable(value) for name, value in inputs.items()}
+    made: dict[str, Any] = mapped(dict(inputs), lambda x: x.clone() if x.is_inference() else x)
+    return made
 
 
 def _is_table(x: Tensor) -> bool:
