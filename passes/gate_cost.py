@@ -14,10 +14,10 @@ import sympy
 import torch
 
 from tokenpass.dims import Size, is_data
+from tokenpass.exchange_cost import pairs
 from tokenpass.facts import Facts, multiply_adds
 from tokenpass.gating import Gating, Region, needed_nodes
 from tokenpass.graph import operands, tensor_of
-from tokenpass.incremental import computed_rows
 from tokenpass.passes.update_attention import attention_shape
 
 aten = torch.ops.aten
@@ -41,20 +41,22 @@ class Updated:
         shape: Images, heads, tokens, width of a query and of a value.
         mode: ``"exact"`` or ``"delta"``.
         reads_maps: Whether the scores are computed anew, elsewhere.
+        compiled: Whether code compiled for it does it.
     """
 
     gate: int
     shape: tuple[int, int, int, int, int]
     mode: str
     reads_maps: bool
+    compiled: bool
 
     def work(self, rows: int) -> int:
         """Multiply-adds of an update after ``rows`` rows of all images passed the gate."""
         images, heads, tokens, width, value_width = self.shape
-        each = heads * tokens * (value_width + (0 if self.reads_maps else width))
+        each = heads * (value_width + (0 if self.reads_maps else width))
         if self.mode == "delta":
-            return 2 * rows * each
-        return images * each * computed_rows(tokens, rows // images)
+            return 2 * rows * tokens * each
+        return images * each * pairs(tokens, rows // images, compiled=self.compiled)
 
     @property
     def dense(self) -> int:
@@ -175,7 +177,13 @@ def operations(facts: Facts, plan: Gating) -> Operations:
         dense=int(dense_work(facts, plan)),
         products=int(dense_work(facts, plan, products=True)),
         updated=[
-            Updated(item.region, attention_shape(facts, item.attention), item.mode, item.reads_maps)
+            Updated(
+                item.region,
+                attention_shape(facts, item.attention),
+                item.mode,
+                item.reads_maps,
+                item.compiled,
+            )
             for item in plan.attentions
         ],
     )

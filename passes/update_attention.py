@@ -11,12 +11,13 @@ from torch import Tensor, fx
 
 from tokenpass.attention_rows import put_, take
 from tokenpass.blocks import Attention
+from tokenpass.exchange_cost import traced_exchange_count
 from tokenpass.facts import Facts
 from tokenpass.gates import Count
 from tokenpass.gating import GatedAttention, Gating
 from tokenpass.graph import operands
 from tokenpass.grid import Grid
-from tokenpass.incremental import full_attention, traced_exchange_count, update_attention
+from tokenpass.incremental import full_attention, update_attention
 from tokenpass.layout import Layout, batch_factors
 from tokenpass.running_softmax import Running
 from tokenpass.state import Slot, StateTable
@@ -94,13 +95,13 @@ class AttentionUpdates:
             region: Number of the gate.
             changed: Positions of what passes, ``(B, U)``.
             valid: Which of them do; the others are fillers. ``None`` if all do.
-            exchanged: See :func:`~tokenpass.incremental.exchange_count`; ``None`` if it depends on
-                what passes.
+            exchanged: See :func:`~tokenpass.exchange_cost.exchange_count`; ``None`` if it depends
+                on what passes.
         """
         self._changed[region] = changed
         self._valid[region] = valid
         exact = [a for a in self._plan.attentions if a.region == region and a.mode == "exact"]
-        if exact and exchanged is None:
+        if exchanged is None and not all(item.compiled for item in exact):
             tokens = self._plan.regions[region].layout.count
             exchanged = traced_exchange_count(tokens, changed.shape[1])
         self._exchanged[region] = exchanged

@@ -10,16 +10,29 @@ import pytest
 import torch
 from torch import Tensor
 
-from tokenpass import attention_rows, incremental, running_softmax
+from tokenpass import attention_rows, exchange_cost, incremental, native, running_softmax
 from tokenpass.incremental import full_attention, update_attention
+
+WAYS = ("fused", "in blocks", "by code")
+"""How attention is updated: by operations for a compiler to fuse, or by compiled code."""
 
 
 @contextmanager
-def exchanging(in_blocks: bool = False, block_bytes: int = 2**24) -> Iterator[None]:
-    """Updates however few tokens there are, in one of the two ways."""
+def updating(way: str) -> Iterator[None]:
+    """Updates in one of the ways."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(incremental, "pays", lambda tokens, changed: True)
-        patch.setattr(incremental, "SCORE_BYTES", 0 if in_blocks else 2**40)
+        patch.setattr(incremental, "SCORE_BYTES", 0 if way == "in blocks" else 2**40)
+        if way != "by code":
+            patch.setattr(native, "available", lambda *tensors: False)
+        yield
+
+
+@contextmanager
+def exchanging(way: str = "fused", block_bytes: int = 2**24) -> Iterator[None]:
+    """The same, however few tokens there are."""
+    with updating(way), pytest.MonkeyPatch.context() as patch:
+        for module in (exchange_cost, incremental):
+            patch.setattr(module, "pays", lambda tokens, changed, compiled: True)
         patch.setattr(running_softmax, "BLOCK_BYTES", block_bytes)
         patch.setattr(attention_rows, "BLOCK_BYTES", block_bytes)
         yield

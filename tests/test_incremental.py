@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from tests.attention_stream import Stream, dense, error, exchanging
-from tokenpass import incremental
+from tests.attention_stream import WAYS, Stream, dense, error, exchanging, updating
+from tokenpass import exchange_cost, incremental
 from tokenpass.incremental import update_attention
 
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
@@ -49,15 +49,15 @@ def streams(draw: st.DrawFn) -> Stream:
 
 @given(
     stream=streams(),
-    in_blocks=st.booleans(),
+    way=st.sampled_from(WAYS),
     block_bytes=st.sampled_from([1, 4000, 2**24]),
     counts=st.lists(st.integers(0, 9), min_size=1, max_size=6),
 )
 def test_equals_dense_attention_after_every_update(
-    stream: Stream, in_blocks: bool, block_bytes: int, counts: list[int]
+    stream: Stream, way: str, block_bytes: int, counts: list[int]
 ) -> None:
     tolerance = TOLERANCES[stream.value.dtype]
-    with exchanging(in_blocks, block_bytes):
+    with exchanging(way, block_bytes):
         assert stream.error(stream.full()) <= tolerance
         for count in counts:
             found = stream.update(stream.some(count))
@@ -65,41 +65,42 @@ def test_equals_dense_attention_after_every_update(
             assert stream.error(found) <= tolerance
 
 
-@pytest.mark.parametrize("in_blocks", [False, True])
-def test_most_rows_are_updated(in_blocks: bool) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_most_rows_are_updated(way: str) -> None:
     """Breaks if updates silently compute everything, which is always right."""
     stream = Stream(tokens=128)
-    with exchanging(in_blocks):
+    with exchanging(way):
         stream.full()
         assert bool((stream.drift == 0).all())
         stream.update(stream.some(4))
-        assert int((stream.drift > 0).sum()) >= 128 - 4 - incremental.refreshed(128)
-    stream.update(stream.some(100))
+        assert int((stream.drift > 0).sum()) >= 128 - 4 - exchange_cost.refreshed(128)
+    with updating(way):
+        stream.update(stream.some(100))
     assert bool((stream.drift == 0).all())
 
 
-@pytest.mark.parametrize("in_blocks", [False, True])
-def test_strides_do_not_matter(in_blocks: bool) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_strides_do_not_matter(way: str) -> None:
     """Breaks if a fused kernel gets what it reads wrongly, such as columns in memory."""
     bias = torch.randn(2, 48, 48)
     for mask in (None, bias, bias.mT, bias[:, ::2].repeat_interleave(2, 1), bias[:, :1].mT):
         stream = Stream(2, tokens=48, bias=mask)
         for name in ("query", "key", "value"):
             setattr(stream, name, getattr(stream, name).mT.contiguous().mT)
-        with exchanging(in_blocks):
+        with exchanging(way):
             assert stream.error(stream.full()) <= 1e-5
             assert stream.error(stream.update(stream.some(4))) <= 1e-5
 
 
-@pytest.mark.parametrize("in_blocks", [False, True])
-def test_a_query_that_sees_nothing(in_blocks: bool) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_a_query_that_sees_nothing(way: str) -> None:
     """Breaks if its empty sum becomes NaN, or spreads."""
     bias = torch.rand(48, 48) > 0.3
     bias[[3, 7]] = False
     bias[:, 40:] = False
     for mask in (bias, torch.zeros(48, 48).masked_fill(~bias, -torch.inf)):
         stream = Stream(bias=mask)
-        with exchanging(in_blocks):
+        with exchanging(way):
             stream.full()
             for changed in ([[3, 9, 41]], [[44, 45, 46]], [[1, 2, 7]]):
                 found = stream.update(torch.tensor(changed))
@@ -117,21 +118,19 @@ def vanishing(stream: Stream) -> float:
     return stream.error(stream.update(torch.tensor([[5]])))
 
 
-@pytest.mark.parametrize("in_blocks", [False, True])
-def test_a_key_with_all_the_weight_vanishes(
-    in_blocks: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with exchanging(in_blocks):
+@pytest.mark.parametrize("way", WAYS)
+def test_a_key_with_all_the_weight_vanishes(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with exchanging(way):
         assert vanishing(Stream(tokens=64)) <= 1e-5
         monkeypatch.setattr(incremental, "DRIFT_LIMIT", torch.inf)
         assert vanishing(Stream(tokens=64)) > 1e-5
 
 
-@pytest.mark.parametrize("in_blocks", [False, True])
-def test_scores_grow_and_shrink_a_thousandfold(in_blocks: bool) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_scores_grow_and_shrink_a_thousandfold(way: str) -> None:
     """Breaks if exponentials overflow. Dense float32 attention loses digits as well."""
     stream = Stream(tokens=64)
-    with exchanging(in_blocks):
+    with exchanging(way):
         stream.full()
         for factor in (1e3, 1.0, 1e3, 1e-3, -1e3, 1.0):
             changed = stream.some(5)
@@ -142,23 +141,24 @@ def test_scores_grow_and_shrink_a_thousandfold(in_blocks: bool) -> None:
             assert error(found, exact) <= max(1e-5, 5 * error(single, exact))
 
 
-def test_sums_beyond_float32_are_not_updated() -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_sums_beyond_float32_are_not_updated(way: str) -> None:
     """Breaks if the lowest number, as a mask, swallows the scores: then all sums are the same."""
     stream = Stream(bias=torch.zeros(48, 48))
     assert stream.bias is not None
     stream.bias[4:8] = torch.finfo(torch.float32).min
-    with exchanging():
+    with exchanging(way):
         stream.full()
         assert stream.error(stream.update(torch.tensor([[8, 9]]))) <= 1e-5
 
 
 @pytest.mark.parametrize("part", ["query", "key", "value"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("in_blocks", [False, True])
-def test_a_bad_frame_is_forgotten(part: str, bad: float, in_blocks: bool) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_a_bad_frame_is_forgotten(part: str, bad: float, way: str) -> None:
     """Breaks if NaN or infinity outlives the token that brought it."""
     stream = Stream(tokens=64)
-    with exchanging(in_blocks):
+    with exchanging(way):
         stream.full()
         old = stream.put(torch.tensor([[6]]), *torch.randn(3, 1, 2, 1, 8))
         getattr(stream, part)[0, :, 6, 3] = bad
@@ -171,11 +171,12 @@ def test_a_bad_frame_is_forgotten(part: str, bad: float, in_blocks: bool) -> Non
 
 
 @pytest.mark.slow
-def test_ten_thousand_frames() -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_ten_thousand_frames(way: str) -> None:
     """Breaks if errors pile up, or if frames are computed in full to get rid of them."""
     stream = Stream(heads=1, tokens=40, spread=2.0)
     worst = updated = 0.0
-    with exchanging():
+    with exchanging(way):
         stream.full()
         for _ in range(10_000):
             found = stream.update(stream.some(3))
@@ -185,16 +186,17 @@ def test_ten_thousand_frames() -> None:
     assert updated / 10_000 >= 0.75
 
 
-def test_every_row_has_its_turn() -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_every_row_has_its_turn(way: str) -> None:
     """Breaks if the refresh is not spread over the frames, or passes over a row."""
     stream = Stream(tokens=256)
     age, each_frame = torch.zeros(256), set()
-    with exchanging():
+    with exchanging(way):
         stream.full()
         for _ in range(200):
             stream.update(torch.tensor([[17]]))
             fresh = stream.drift[0] == 0
             age = torch.where(fresh, 0, age + 1)
             each_frame.add(int(fresh.sum()))
-            assert age.max() <= 1.25 * incremental.REFRESH_FRAMES
-    assert each_frame == {1 + incremental.refreshed(256)}
+            assert age.max() <= 1.25 * exchange_cost.REFRESH_FRAMES
+    assert each_frame == {1 + exchange_cost.refreshed(256)}

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from tokenpass import native
 from tokenpass.blocks import Attention, Block, Mlp, NoMatch
+from tokenpass.exchange_cost import exchange_count
 from tokenpass.graph import operands
-from tokenpass.incremental import exchange_count
 from tokenpass.methods import Eventful
 from tokenpass.rows import RowLayout
 from tokenpass.selection import token_budget
@@ -59,6 +60,13 @@ class GatedAttention:
     mode: str
 
     @property
+    def compiled(self) -> bool:
+        """Whether code compiled for it updates it (:mod:`tokenpass.native`)."""
+        match = self.attention
+        reads = (match.query, match.key, match.value, *(mask.node for mask in match.masks))
+        return self.mode == "exact" and native.available(*(node.meta["val"] for node in reads))
+
+    @property
     def reads_maps(self) -> bool:
         """Whether the model's own probabilities are read, and not computed from buffered scores."""
         return self.mode == "delta" and not self.attention.plain
@@ -91,9 +99,9 @@ class Gating:
 
     @property
     def exchanging(self) -> tuple[tuple[int, int], ...]:
-        """Those of ``sizes`` whose gates feed attentions that exchange keys."""
-        exact = (item.region for item in self.attentions if item.mode == "exact")
-        return tuple(dict.fromkeys(self.regions[number].size for number in exact))
+        """Those of ``sizes`` whose gates feed attentions that ask how many keys to exchange."""
+        asking = (x.region for x in self.attentions if x.mode == "exact" and not x.compiled)
+        return tuple(dict.fromkeys(self.regions[number].size for number in asking))
 
 
 def passing(method: Eventful, patches: int) -> int:

@@ -12,12 +12,11 @@ with the largest ones anew, and at once all rows beyond a limit.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from tokenpass import native
 from tokenpass.attention_rows import (
     additive,
     attention_by_products,
@@ -27,16 +26,17 @@ from tokenpass.attention_rows import (
     rows_of_bias,
     take,
 )
-from tokenpass.gates import FEWEST, Count
-from tokenpass.running_softmax import Pair, Running, exchanged_state
+from tokenpass.exchange_cost import exchange_count, most_exchanged, pairs, pays, refreshed
+from tokenpass.gates import Count
+from tokenpass.running_softmax import (
+    LSE_LIMIT,
+    ROUNDING,
+    SCORE_UNIT,
+    Pair,
+    Running,
+    exchanged_state,
+)
 from tokenpass.torch_internals import fused_attention
-
-REFRESH_FRAMES = 64
-"""In so many frames, as many rows as there are get a turn of being computed anew.
-
-Errors of frames are independent, so they grow with the square root of their number: 64 frames have
-eight times the error of one. A turn for each row costs 1/64 of dense attention in each frame.
-"""
 
 DRIFT_LIMIT = 8.0
 """Rows with more drift are computed anew at once; 64 uneventful frames come to half of it.
@@ -49,12 +49,6 @@ for 4 and 8, where dense float32 attention itself has errors of 1e-6 to 3e-6.
 DENSE_SHARE = 0.5
 """Share of rows in need from which on all are computed."""
 
-EXCHANGE_COST = 3.4
-"""Work for a changed token, in rows of dense attention: old key, new key, its row, merging."""
-
-OVERHEAD = 220
-"""Work that does not depend on the number of changed tokens, in rows of dense attention."""
-
 SCORE_BYTES = 2**23
 """Scores that a compiled graph holds at once; of more, blocks are faster.
 
@@ -63,52 +57,6 @@ Fused, an update of 10 % of 784 tokens takes 5.0 ms, in blocks 6.1; of 1764 toke
 
 DEVICE_SCORE_BYTES = 2**28
 """The same on other devices."""
-
-
-def refreshed(tokens: int) -> int:
-    """Unchanged rows that each frame computes anew."""
-    return -(-tokens // REFRESH_FRAMES)
-
-
-def pays(tokens: int, changed: Count | Tensor) -> Any:
-    """Whether exchanging ``changed`` of ``tokens`` keys is faster than dense fused attention.
-
-    Milliseconds by share of changed tokens under Inductor (x86 with AVX-512, two threads, float32,
-    6 heads of width 64):
-
-    | tokens | dense | 2 % | 5 % | 10 % | 20 % | 30 % | break-even |
-    | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
-    | 196 | 1.0 | 1.1 | 1.0 | 1.1 | 1.3 | 1.5 | never |
-    | 400 | 2.9 | 1.9 | 1.9 | 2.0 | 2.7 | 3.4 | 22 % |
-    | 784 | 9.2 | 3.5 | 4.1 | 5.4 | 8.9 | 13 | 21 % |
-    | 1764 | 43 | 9.6 | 14 | 22 | 36 | 52 | 24 % |
-    | 4096 | 225 | 34 | 57 | 96 | 179 | 279 | 25 % |
-    """
-    return EXCHANGE_COST * changed + refreshed(tokens) + OVERHEAD <= tokens
-
-
-def exchange_count(tokens: int, changed: Count) -> Count:
-    """How many of the changed keys to exchange: all, or a few where computing anew is faster."""
-    return changed if changed <= FEWEST or pays(tokens, changed) else FEWEST
-
-
-def traced_exchange_count(tokens: int, changed: Count) -> Count:
-    """The same of a number that is only known when a traced graph runs, and at least FEWEST."""
-    every = torch.scalar_tensor(changed, dtype=torch.int64)
-    found: Count = torch.where(pays(tokens, every), every, FEWEST).item()  # type: ignore[assignment]
-    torch._check(found >= FEWEST)  # type: ignore[no-untyped-call]
-    torch._check(found <= changed)  # type: ignore[no-untyped-call]
-    return found
-
-
-def most_exchanged(tokens: int) -> int:
-    """The largest :func:`exchange_count`."""
-    return max(FEWEST, int((tokens - OVERHEAD - refreshed(tokens)) / EXCHANGE_COST))
-
-
-def computed_rows(tokens: int, changed: int) -> int:
-    """Work of an update, in rows of dense attention; rows beyond the limit are not foreseen."""
-    return 3 * changed + refreshed(tokens) if pays(tokens, changed) else tokens
 
 
 @torch.library.custom_op("tokenpass::full_attention", mutates_args=("out", "lse", "drift"))
@@ -135,8 +83,12 @@ def full_attention(
         lse: State ``(B, h, N)``, likewise.
         drift: State ``(B, N)``, likewise.
     """
+    wide = _four_dims(bias)
     with torch.autocast(query.device.type, enabled=False):
-        compute(query, key, value, scale, _four_dims(bias), None, out, lse)
+        if native.available(query, key, value, bias):
+            native.attend(query, key, value, scale, wide, None, out, lse)
+        else:
+            compute(query, key, value, scale, wide, None, out, lse)
     drift.zero_()
 
 
@@ -156,8 +108,8 @@ def update_attention(
 ) -> None:
     """Bring the state up to date after some tokens changed: ``out`` is the attention.
 
-    All is computed anew where that is faster (:func:`pays`) or where float32 cannot hold what is
-    left, say after a key that had all the weight.
+    All is computed anew where that is faster (:func:`~tokenpass.exchange_cost.pays`) or where
+    float32 cannot hold what is left, say after a key that had all the weight.
 
     Args:
         query: ``(B, h, N, d)``, changed rows included, like ``key`` and ``value``.
@@ -169,8 +121,13 @@ def update_attention(
         scale: As in :func:`full_attention`, and the same for one state; so is ``bias``.
         bias: See there.
         out: State, updated; as are ``lse`` and ``drift``.
-        exchanged: From :func:`exchange_count` for ``U``, which is the default.
+        exchanged: From :func:`~tokenpass.exchange_cost.exchange_count` for ``U``, which is the
+            default; compiled code asks for itself.
     """
+    if native.available(query, key, value, bias):
+        old = old_key, old_value
+        update_by_code(query, key, value, *old, changed, scale, bias, out, lse, drift)
+        return
     tokens = query.shape[2]
     if exchanged is None:
         exchanged = exchange_count(tokens, changed.shape[1])
@@ -192,6 +149,33 @@ def update_attention(
     in_need = (drift <= DRIFT_LIMIT).logical_not().sum(1).max()
     left = changed.shape[1] - exchanged
     recompute_attention(query, key, value, scale, bias, in_need, left, out, lse, drift)
+
+
+@torch.library.custom_op("tokenpass::update_by_code", mutates_args=("out", "lse", "drift"))
+def update_by_code(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    old_key: Tensor,
+    old_value: Tensor,
+    changed: Tensor,
+    scale: float,
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    drift: Tensor,
+) -> None:
+    """:func:`update_attention` by :mod:`tokenpass.native`, and with its arguments."""
+    tokens, mask, new = query.shape[2], _four_dims(bias), (key, value)
+    if not pays(tokens, changed.shape[1], compiled=True):
+        native.attend(query, *new, scale, mask, None, out, lse)
+        drift.zero_()
+        return
+    limits = native.Limits(
+        SCORE_UNIT, LSE_LIMIT, ROUNDING, DRIFT_LIMIT, DENSE_SHARE, refreshed(tokens)
+    )
+    old = old_key, old_value
+    native.update(query, old, new, changed, scale, mask, out, lse, drift, limits)
 
 
 def _scores_fit(query: Tensor) -> bool:
@@ -280,6 +264,11 @@ def _(*args: object) -> None:
     pass
 
 
+@update_by_code.register_fake
+def _(*args: object) -> None:
+    pass
+
+
 @register_flop_formula(torch.ops.tokenpass.full_attention)
 def _full_flops(
     query: torch.Size, key: torch.Size, value: torch.Size, *args: object, **kwargs: object
@@ -302,3 +291,17 @@ def _recompute_flops(
 ) -> int:
     """Rows beyond the limit of drift are not foreseen."""
     return _full_flops(query, key, value) if left else 0
+
+
+@register_flop_formula(torch.ops.tokenpass.update_by_code)
+def _update_flops(
+    query: torch.Size,
+    key: torch.Size,
+    value: torch.Size,
+    old_key: torch.Size,
+    *args: object,
+    **kwargs: object,
+) -> int:
+    images, heads, tokens, width = query
+    compared = pairs(tokens, old_key[2], compiled=True)
+    return 2 * images * heads * compared * (width + value[3])

@@ -122,11 +122,14 @@ def _shapes(inputs: Sequence[Any]) -> list[Any]:
     return [tuple(x.shape) if isinstance(x, Tensor) else x for x in inputs]
 
 
-def compile_inner(settings: Settings, module: fx.GraphModule, inputs: Sequence[Any]) -> Run:
-    """Hand a graph to the inner backend."""
+def compile_inner(
+    settings: Settings, module: fx.GraphModule, inputs: Sequence[Any], *, in_order: bool = False
+) -> Run:
+    """Hand a graph to the inner backend; see :func:`~tokenpass.torch_internals.inner_compile`."""
     if callable(settings.inner):
         return settings.inner(module, list(inputs))  # type: ignore[no-any-return]
-    return internals.inner_compile(settings.inner, module, inputs, settings.mode)
+    mode = settings.mode
+    return internals.inner_compile(settings.inner, module, inputs, mode, in_order=in_order)
 
 
 def warn_of_nothing(report: GraphReport) -> None:

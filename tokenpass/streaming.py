@@ -331,7 +331,7 @@ class GatedGraph(Graph[StreamSession]):
             if gated.full is not None and gated.incremental is not None:
                 try:
                     full, incremental = (
-                        compile_inner(self._settings, graph.module, graph.inputs)
+                        compile_inner(self._settings, graph.module, graph.inputs, in_order=True)
                         for graph in (gated.full, gated.incremental)
                     )
                     return Compiled(gated, full, incremental)

@@ -8,6 +8,7 @@ and Inductor are imported where they are used: they take seconds, and who uses t
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -243,15 +244,32 @@ def backend_names() -> list[str]:
 
 
 def inner_compile(
-    name: str, module: fx.GraphModule, inputs: Sequence[Any], mode: str | None
+    name: str,
+    module: fx.GraphModule,
+    inputs: Sequence[Any],
+    mode: str | None,
+    *,
+    in_order: bool = False,
 ) -> Compiled:
-    """Hand a graph to another torch.compile backend."""
+    """Hand a graph to another torch.compile backend.
+
+    Args:
+        name: Of the backend.
+        module: The graph.
+        inputs: Example inputs.
+        mode: Of ``torch.compile``, for Inductor.
+        in_order: Whether what is read before it is written must stay so. Inductor moves operations
+            towards what needs them; if a read passes a write that way, all that is written is
+            copied first.
+    """
     from torch._dynamo.backends.registry import lookup_backend
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
     if name == "inductor":
-        patches = list_mode_options(mode) if mode else None
+        patches = {**list_mode_options(mode)} if mode else {}
+        if in_order:
+            patches["reorder_for_locality"] = False
         return compile_fx(module, inputs, config_patches=patches)  # type: ignore[return-value]
     return lookup_backend(name)(module, list(inputs))
 
@@ -313,6 +331,16 @@ class AttentionCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def counting_attention() -> AttentionCounter:
     """A context that counts the attention that runs inside it."""
     return AttentionCounter()
+
+
+# ---------------------------------------------------------------- compiled code (2.13)
+
+
+def cpp_library(source: str) -> ctypes.CDLL:
+    """C++ compiled as Inductor compiles its kernels, from its cache if it was before."""
+    from torch._inductor.codecache import CppCodeCache
+
+    return CppCodeCache.load(source, needs_vec_isa=True)  # type: ignore[no-any-return]
 
 
 # ---------------------------------------------------------------- attention (2.13)

@@ -18,8 +18,9 @@ FOLDERS = {
 
 LAYERS = [
     {"errors", "dims", "kernels", "torch_internals"},
-    {"graph", "grid", "merging", "methods", "attention_rows", "running_softmax"},
-    {"axis_rule", "blocks", "capture", "facts", "gates", "incremental", "layout", "options"},
+    {"graph", "grid", "merging", "methods", "attention_rows", "native", "running_softmax"},
+    {"axis_rule", "blocks", "capture", "facts", "gates", "layout", "options"},
+    {"exchange_cost", "incremental"},
     {"rows", "scenes", "selection", "state"},
     {"gating", "proof", "pruning", "report"},
     {"partial"},
