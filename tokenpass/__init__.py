@@ -4,6 +4,7 @@ from tokenpass import selectors
 from tokenpass.api import (
     BlockStats,
     Stats,
+    cuts,
     kept,
     load_state_dict,
     report,
@@ -14,6 +15,7 @@ from tokenpass.api import (
     stream,
 )
 from tokenpass.backend import backend
+from tokenpass.cuts import Cut
 from tokenpass.errors import (
     BrokenInvariantError,
     NothingRecordedError,
@@ -33,6 +35,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BlockStats",
     "BrokenInvariantError",
+    "Cut",
     "Eventful",
     "HiPrune",
     "LatencyTarget",
@@ -45,6 +48,7 @@ __all__ = [
     "TokenpassWarning",
     "VisionLanguageModel",
     "backend",
+    "cuts",
     "explain",
     "kept",
     "load_state_dict",
