@@ -23,7 +23,7 @@ from tokenpass.errors import (
     TokenpassError,
     TokenpassWarning,
 )
-from tokenpass.explain import explain
+from tokenpass.explain import budget_for, explain
 from tokenpass.latency import LatencyTarget
 from tokenpass.methods import Eventful, HiPrune
 from tokenpass.report import Refusal, Report
@@ -48,6 +48,7 @@ __all__ = [
     "TokenpassWarning",
     "VisionLanguageModel",
     "backend",
+    "budget_for",
     "cuts",
     "explain",
     "kept",

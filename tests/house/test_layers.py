@@ -20,17 +20,8 @@ FOLDERS = {
 
 LAYERS = [
     {"errors", "dims", "kernels", "torch_internals"},
-    {
-        "config",
-        "cuts",
-        "graph",
-        "grid",
-        "merging",
-        "methods",
-        "attention_rows",
-        "running_softmax",
-        "timing",
-    },
+    {"config", "cuts", "graph", "grid", "merging", "methods", "timing"},
+    {"attention_rows", "running_softmax"},
     {"axis_rule", "blocks", "capture", "facts", "gates", "incremental", "layout", "options"},
     {"rows", "scenes", "selection", "state"},
     {"gating", "proof", "pruning", "report"},

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import tokenpass
-from tokenpass.cli import bench, doctor, explain, fuzz, image, video
+from tokenpass.cli import bench, doctor, explain, fuzz, image, tune, video
 from tokenpass.cli.screen import fail
 from tokenpass.errors import TokenpassError, TokenpassWarning
 
@@ -22,7 +22,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for command in (explain, image, video, bench, fuzz, doctor):
+for command in (explain, image, video, tune, bench, fuzz, doctor):
     app.command(command.__name__.rpartition(".")[2])(command.command)
 
 

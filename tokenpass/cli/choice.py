@@ -36,6 +36,13 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", metavar="NAME=VALUE", help="Any other option of the method."),
 ]
+TargetFlops = Annotated[
+    float | None,
+    typer.Option(metavar="SHARE", help="Instead of --keep: the FLOPs that may be left."),
+]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", "-c", metavar="FILE", help="From `tokenpass tune`.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result for machines.")]
 
 

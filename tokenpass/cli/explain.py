@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ def command(
     input: choice.Input = None,
     method: choice.MethodName = None,
     keep: choice.Keep = None,
+    target_flops: choice.TargetFlops = None,
+    config: choice.ConfigFile = None,
     set: choice.Set = None,
     weights: choice.Weights = None,
     as_json: choice.Json = False,
@@ -30,10 +33,23 @@ def command(
 
     Exit code 1: nothing would be converted.
     """
-    wanted = parse_options(choice.options(method, keep, set)).method
+    given = choice.options(method, keep, set, target_flops=target_flops, config=config)
+    settings = parse_options(given)
+    if settings.target_ms is not None:
+        raise InputError("target_ms is found by timing: explain compiles nothing")
+    wanted = settings.method
     with working(f"loading {model}"):
         loaded = load(model, input, weights).check()
     with working("planning"):
+        if settings.target_flops is not None:
+            solve = partial(
+                tokenpass.budget_for,
+                loaded.model,
+                method=wanted,
+                target_flops=settings.target_flops,
+            )
+            with torch.no_grad():
+                wanted = loaded.call(solve)
         report = planned(loaded, wanted)
     if as_json:
         print_json({"model": model, "method": repr(wanted), **as_data(report)})

@@ -25,7 +25,7 @@ from tokenpass.methods import HiPrune
 from tokenpass.options import parse_options
 from tokenpass.report import Report
 
-DPI = 150
+DPI = 120
 
 
 @dataclass(frozen=True)

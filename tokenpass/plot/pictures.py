@@ -20,11 +20,13 @@ from tokenpass.plot.style import ORANGE, TEXT, WIDTH, figure
 Picture = NDArray[np.float32]
 Grid = tuple[int, int]
 
-DIMMED = 0.3
+DIMMED = 0.4
 """How bright a patch is, and without colour, whose token left."""
 TINT = (1.0, 0.59, 0.12)
 STRENGTH = 0.3
 """How much of the tint a patch takes on whose token passed every gate."""
+FLAT = 0.75
+"""How much of a merged patch is the colour of its group; the rest is the picture."""
 COLUMNS = 3
 """Panels side by side, at most."""
 TITLE = 0.3
@@ -54,8 +56,8 @@ def tokens(
     masks = [_mask(positions, grid) for positions in each]
     words = titles or [f"{int(mask.sum())} of {mask.numel()} tokens" for mask in masks]
     made, places = _panels(len(masks), picture)
-    for axes, mask, title in zip(places, masks, words, strict=True):
-        axes.imshow(highlighted(picture, mask), interpolation="bilinear")
+    for axes, positions, mask, title in zip(places, each, masks, words, strict=True):
+        axes.imshow(highlighted(picture, positions, grid), interpolation="bilinear")
         _borders(axes, mask.long(), picture, ORANGE)
         axes.set_title(title, fontsize=TEXT)
     return made
@@ -83,7 +85,8 @@ def merge_map(image: Any, owner: Tensor, grid: Grid, title: str | None = None) -
     sums = torch.zeros_like(colours).index_add(0, owner, colours)
     sizes = torch.bincount(owner, minlength=owner.numel())
     mean = (sums / sizes.clamp(min=1)[:, None])[owner]
-    axes.imshow(_spread(mean.reshape(*grid, 3), picture).numpy(), interpolation="nearest")
+    flat = _spread(mean.reshape(*grid, 3), picture).numpy()
+    axes.imshow(FLAT * flat + (1 - FLAT) * picture, interpolation="nearest")
     _borders(axes, owner.reshape(grid), picture, "white")
     groups = (sizes > 1).nonzero().flatten()
     height, width = picture.shape[0] / grid[0], picture.shape[1] / grid[1]
@@ -130,9 +133,9 @@ def updated(image: Any, share: Tensor) -> Picture:
     return drawn
 
 
-def highlighted(picture: Picture, mask: Tensor) -> Picture:
-    """A picture ``(H, W, 3)`` whose patches outside of ``mask`` ``(rows, columns)`` are quiet."""
-    bright = _spread(mask[..., None].float(), picture).numpy()
+def highlighted(picture: Picture, kept: Tensor, grid: Grid) -> Picture:
+    """A picture ``(H, W, 3)``, 0 to 1, that is dim and grey outside of the patches at ``kept``."""
+    bright = _spread(_mask(kept, grid)[..., None].float(), picture).numpy()
     drawn: Picture = (bright * picture + (1 - bright) * _quiet(picture)).astype(np.float32)
     return drawn
 
@@ -197,7 +200,7 @@ def _borders(axes: Axes, label: Tensor, picture: Picture, colour: str) -> None:
 
 def _panels(count: int, picture: Picture) -> tuple[Figure, list[Axes]]:
     """A figure with so many empty panels of the proportions of ``picture``."""
-    columns = min(count, COLUMNS)
+    columns = 2 if count in (2, 4) else min(count, COLUMNS)
     rows = -(-count // columns)
     side = WIDTH / columns * picture.shape[0] / picture.shape[1]
     made, axes = figure(rows * (side + TITLE), rows, columns)
