@@ -1,5 +1,8 @@
 """Token reduction for vision transformers as a ``torch.compile`` backend."""
 
+from importlib import import_module
+from typing import Any
+
 from tokenpass import selectors
 from tokenpass.api import (
     BlockStats,
@@ -63,3 +66,10 @@ __all__ = [
     "stream",
     "vlm",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """:mod:`tokenpass.plot`, imported when it is used: it needs matplotlib."""
+    if name == "plot":
+        return import_module("tokenpass.plot")
+    raise AttributeError(f"module 'tokenpass' has no attribute {name!r}")

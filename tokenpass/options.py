@@ -71,8 +71,8 @@ class Settings:
             raise OptionError(f"target_ms={ms!r}: expected a positive number of milliseconds")
         method = self.method
         own = {name: getattr(method, name, None) for name in ("keep", "threshold")}
-        if own["keep"] == type(method)().keep:
-            del own["keep"]
+        if own["keep"] == type(method)().keep or getattr(method, "stages", None):
+            del own["keep"]  # a schedule keeps its proportions
         if flops is not None or ms is not None:
             one_budget({**own, "target_flops": flops, "target_ms": ms})
         if ms is not None and isinstance(method, Eventful):
@@ -84,17 +84,17 @@ class Settings:
 
 Options = Mapping[str, Any] | str | os.PathLike[str]
 
-BUDGETS = ("keep", "threshold", "stages", "target_flops", "target_ms", "max_loss")
+BUDGETS = ("keep", "threshold", "target_flops", "target_ms", "max_loss")
 """Options of which each says how many tokens stay."""
 
-TOGETHER = ({"keep", "threshold"}, {"keep", "stages"})
-"""Those that a method takes together, and checks itself."""
+TOGETHER = {"keep", "threshold"}
+"""Those that a method takes together."""
 
 
 def one_budget(given: Mapping[str, Any]) -> None:
     """Raise :class:`OptionError` where several options say how many tokens stay."""
     budgets = {name: given[name] for name in BUDGETS if given.get(name) is not None}
-    if len(budgets) > 1 and set(budgets) not in TOGETHER:
+    if len(budgets) > 1 and set(budgets) != TOGETHER:
         named = " and ".join(f"{name}={value!r}" for name, value in budgets.items())
         raise OptionError(f"{named} contradict each other: pass one of them")
 

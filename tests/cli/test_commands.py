@@ -13,8 +13,12 @@ import tokenpass
 from tests.cli import models
 from tests.cli.conftest import FRAMES, KINDS, PHOTOS, USER, Run
 from tokenpass.cli.clips import pictures
+from tokenpass.cli.curve import read_labels
+from tokenpass.cli.models import load
+from tokenpass.cli.pictures import input_of, read
 from tokenpass.cli.video import STRIP
 
+COMMANDS = ("explain", "image", "video", "tune", "bench", "fuzz", "doctor")
 EAGER = ("--set", "inner=eager", "--set", "always_rewrite=True")
 
 every_form = pytest.mark.parametrize(
@@ -127,6 +131,15 @@ def test_tune_writes_what_it_measured(
     assert all(row["ms"] > 0 for row in found["rows"])
     with Image.open(figure) as image:
         assert image.width == 600
+    if named[0] == USER:
+        model, images = models.classifier()
+        fast = torch.compile(model, backend="tokenpass", options=str(out))
+        with torch.no_grad():
+            fast(images)
+        stats = tokenpass.stats(fast)
+        assert stats.flops / stats.flops_before == pytest.approx(
+            found["rows"][1]["flops"], abs=1e-4
+        )
 
 
 @every_form
@@ -147,3 +160,91 @@ def test_bench_of_gates(run: Run) -> None:
                 "--set", "scene_cut=None", "--json")  # fmt: skip
     assert ended.code == 0, ended.err
     assert ended.data["rows"][2]["of_flops"] < 1
+
+
+def test_tune_counts_right_classes(run: Run, photos: Path, labels: Path, tmp_path: Path) -> None:
+    """Breaks if a photograph is scored with another one's label."""
+    ended = run("tune", USER, "--data", photos, "--labels", labels, "--max-loss", 100, "--keeps",
+                "1.0", "--rounds", 0, "--seeds", 0, "--out", tmp_path / "x.toml", "--figure",
+                tmp_path / "x.png", "--json")  # fmt: skip
+    assert ended.code == 0, ended.err
+    loaded = load(USER, None, None)
+    wanted = read_labels(labels, [])
+    right = []
+    for path in sorted(photos.iterdir()):
+        pixels = input_of(loaded, read(path, models.SIDE, models.SIDE))
+        with torch.no_grad():
+            right.append(int(loaded.model(pixels).argmax()) == wanted[path.name])
+    (row,) = ended.data["rows"]
+    assert row["score"] == 100 * sum(right) / PHOTOS
+    assert row["loss"] == 0
+    assert row["random_loss"] is None
+
+
+def test_tune_on_clips(run: Run, clips: Path, tmp_path: Path) -> None:
+    """Breaks if first frames, which are computed in full, are scored."""
+    ended = run("tune", USER, "--data", clips, "--method", "eventful", "--max-loss", 100,
+                "--keeps", "0.5,0.25", "--rounds", 1, "--out", tmp_path / "x.toml", "--figure",
+                tmp_path / "x.png", *EAGER, "--set", "scene_cut=None", "--json")  # fmt: skip
+    assert ended.code == 0, ended.err
+    found = ended.data
+    assert found["images"] == FRAMES - 1
+    assert found["rows"][1]["flops"] < found["rows"][0]["flops"] < 1
+    written = tomllib.loads((tmp_path / "x.toml").read_text())["options"]
+    assert written["method"] == "eventful"
+    assert written["keep"] == 0.25
+
+
+def test_video_holds_a_time(run: Run, clips: Path, tmp_path: Path) -> None:
+    """Breaks if the budget is not steered: so short a time makes it fall."""
+    ended = run("video", USER, clips / "square.mp4", "--target-ms", 0.01, "--out",
+                tmp_path / "x.mp4", *EAGER, "--json")  # fmt: skip
+    keeps = ended.data["keeps"]
+    assert keeps[-1] < keeps[0]
+
+
+def test_fuzz_runs_the_fuzzer(run: Run, tmp_path: Path) -> None:
+    ended = run("fuzz", "--seconds", 60, "--cases", 1, "--failures", tmp_path, "--json")
+    assert ended.code == 0, ended.err
+    assert ended.data["cases"] == 1
+    assert not ended.data["failures"]
+
+
+@pytest.mark.inductor
+def test_doctor(run: Run) -> None:
+    """Breaks if something that works here is said not to."""
+    ended = run("doctor", "--json")
+    assert ended.code == 0, ended.out
+    assert {item["name"] for item in ended.data if item["good"]} >= {
+        "pruning, eager",
+        "gating, eager",
+        "pruning, Inductor",
+    }
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_fits_a_screen(
+    run: Run, monkeypatch: pytest.MonkeyPatch, command: str, columns: int
+) -> None:
+    """Breaks if help is wider or longer than a terminal, or an option has no words."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    ended = run(*command.split(), "--help")
+    assert ended.code == 0
+    lines = ended.out.rstrip().splitlines()
+    assert max(map(len, lines)) <= columns
+    assert len(lines) <= 48
+    assert command in ended.out
+
+
+def test_version(run: Run) -> None:
+    assert run("--version").out == f"tokenpass {tokenpass.__version__}\n"
+    assert "Usage" in run().out
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_results_fit_the_terminal(run: Run, monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    """Breaks if a table is wider than the terminal."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    ended = run("explain", USER)
+    assert max(map(len, ended.out.splitlines())) <= columns

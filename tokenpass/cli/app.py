@@ -44,10 +44,11 @@ def overview(
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code; errors of the user are one line on stderr."""
-    warnings.simplefilter("ignore", TokenpassWarning)
     given = None if arguments is None else list(arguments)
     try:
-        code = app(given, prog_name=PROGRAM, standalone_mode=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", TokenpassWarning)
+            code = app(given, prog_name=PROGRAM, standalone_mode=False)
     except typer.TyperException as error:
         message = error.format_message()
         return fail(f"{message} (tokenpass COMMAND --help lists what there is)")

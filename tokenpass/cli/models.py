@@ -116,7 +116,6 @@ def load(spec: str, shape: str | None, weights: str | None) -> Loaded:
     head, _, rest = spec.partition(":")
     if head in LIBRARIES and rest:
         loaded = LIBRARIES[head](spec, rest, wanted, weights == "pretrained")
-        loaded = replace(loaded, random=weights in (None, "random"))
     elif spec.endswith(".pt2"):
         loaded = _exported(spec, wanted)
     elif ".py:" in spec:
@@ -126,6 +125,7 @@ def load(spec: str, shape: str | None, weights: str | None) -> Loaded:
     if weights not in (None, "random", "pretrained"):
         assert weights is not None
         _load_weights(loaded, Path(weights))
+        loaded = replace(loaded, random=False)
     return loaded
 
 
@@ -179,7 +179,7 @@ def _by_architecture(spec: str, name: str, shape: Shape | None, fetched: bool) -
     config = model.pretrained_cfg
     images = _pictures(shape or tuple(config.get("input_size", DEFAULT_SHAPE)))
     mean, std = (tuple(config.get(key, other)) for key, other in (("mean", MEAN), ("std", STD)))
-    return Loaded(spec, model, (images,), {}, mean, std)
+    return Loaded(spec, model, (images,), {}, mean, std, random=not fetched)
 
 
 def _by_builder(spec: str, name: str, shape: Shape | None, fetched: bool) -> Loaded:
@@ -189,7 +189,7 @@ def _by_builder(spec: str, name: str, shape: Shape | None, fetched: bool) -> Loa
         raise InputError(f"{spec}: torchvision has no such model" + _such_as(near))
     weights = "DEFAULT" if fetched else None
     model = _built(spec, lambda: models.get_model(name, weights=weights), fetched)
-    return Loaded(spec, model, (_pictures(shape or DEFAULT_SHAPE),), {})
+    return Loaded(spec, model, (_pictures(shape or DEFAULT_SHAPE),), {}, random=not fetched)
 
 
 def _by_class(spec: str, rest: str, shape: Shape | None, fetched: bool) -> Loaded:
@@ -201,13 +201,15 @@ def _by_class(spec: str, rest: str, shape: Shape | None, fetched: bool) -> Loade
     if source and not Path(source).exists():
         raise InputError(f"{spec}: there is no file {source}")
 
+    stored = bool(source) and Path(source).is_dir()
+
     def build() -> Any:
-        if source and Path(source).is_dir():
+        if stored:
             return kind.from_pretrained(source)  # type: ignore[attr-defined]
         settings = json.loads(Path(source).read_text(encoding="utf-8")) if source else {}
         return kind(kind.config_class(**settings))  # type: ignore[attr-defined]
 
-    if fetched and not (source and Path(source).is_dir()):
+    if fetched and not stored:
         raise InputError(f"{spec}: pretrained weights of transformers lie in a folder: name it")
     model = _built(spec, build, fetched)
     config = model.config
@@ -215,7 +217,7 @@ def _by_class(spec: str, rest: str, shape: Shape | None, fetched: bool) -> Loade
     sides = tuple(side) if isinstance(side, (tuple, list)) else (side, side)
     channels = getattr(config, "num_channels", DEFAULT_SHAPE[0])
     images = _pictures(shape or (channels, *sides))
-    return Loaded(spec, model, (), {model.main_input_name: images})
+    return Loaded(spec, model, (), {model.main_input_name: images}, random=not stored)
 
 
 LIBRARIES: dict[str, Callable[[str, str, Shape | None, bool], Loaded]] = {
