@@ -26,16 +26,19 @@ for command in (explain, image, video, tune, bench, fuzz, doctor):
     app.command(command.__name__.rpartition(".")[2])(command.command)
 
 
-@app.callback(invoke_without_command=True)
+HELP = (
+    "Fewer tokens for vision transformers: see it, measure it, choose a budget.\n\n"
+    "MODEL is timm:NAME, torchvision:NAME, transformers:CLASS[:CONFIG.json], a program saved by "
+    "torch.export (FILE.pt2), or FILE.py:FUNCTION, which returns a model and its inputs."
+)
+
+
+@app.callback(invoke_without_command=True, help=HELP)
 def overview(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
-    """Fewer tokens for vision transformers: see it, measure it, choose a budget.
-
-    MODEL is timm:NAME, torchvision:NAME, transformers:CLASS[:CONFIG.json], a program saved by
-    torch.export (FILE.pt2), or FILE.py:FUNCTION, which returns a model and its inputs.
-    """
+    """What happens without a command."""
     if version:
         typer.echo(f"{PROGRAM} {tokenpass.__version__}")
     elif context.invoked_subcommand is None:

@@ -62,7 +62,8 @@ def command(
 ) -> int:
     """Draw kept and merged tokens on photographs, for each cut and for several budgets."""
     sheet = choice.numbers("--keeps", keeps)
-    options = {**choice.options(None, keep, set, inner="eager"), "record_cuts": True}
+    asked = choice.options(None, keep, set, inner="eager")
+    options = {"always_rewrite": True, **asked, "record_cuts": True}
     settings = parse_options(options)
     if not isinstance(settings.method, HiPrune):
         raise InputError("image draws pruning: for gates there is `tokenpass video`")
@@ -72,18 +73,18 @@ def command(
     size = size_of(loaded)
     photos = [read(path, *size) for path in paths]
     with working("planning"):
-        report = planned(loaded, settings.method)
-    grid = grid_of(report, model)
+        planned(loaded, settings.method)
     if loaded.random:
         say("random weights: the tokens mean nothing")
     fast = torch.compile(loaded.model, backend="tokenpass", options=options)
+    with working("compiling"), torch.inference_mode():
+        loaded.call(fast)
+    grid = grid_of(tokenpass.report(fast), model)
     rows = []
     pairs = list(zip(names_of(paths), photos, strict=True))
     for name, photo in track(pairs, "pictures"):
         pixels = input_of(loaded, photo)
         with torch.inference_mode():
-            if not rows:
-                loaded.call(fast, pixels)
             seen = {k: look(loaded, fast, pixels, k) for k in (settings.method.keep, *sheet)}
         written = draw(out, name, photo, grid, seen)
         rows += [_row(name, k, found, grid) for k, found in seen.items()]

@@ -62,7 +62,7 @@ def command(
     """
     budgets = choice.numbers("--keeps", keeps)
     options = choice.options(method, None, set)
-    settings = parse_options({**options, "keep": budgets[0]})
+    settings = parse_options({**options, "keep": budgets[-1]})
     gated = isinstance(settings.method, Eventful)
     if not data.is_dir():
         raise InputError(f"there is no folder {data}")
@@ -74,7 +74,7 @@ def command(
         loaded = load(model, input, weights).check()
     with working("planning"):
         report = planned(loaded, settings.method)
-    if not report.converted:
+    if not report.converted and not settings.always_rewrite:
         reasons = "; ".join(dict.fromkeys(item.reason for item in report.refusals))
         raise InputError(f"{model} is left as it is: {reasons}")
     if loaded.random:

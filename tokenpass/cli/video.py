@@ -85,7 +85,8 @@ def command(
     if keep is not None and target_ms is not None:
         raise InputError(f"--keep {keep} and --target-ms {target_ms:g}: pass one of them")
     options = choice.options("eventful", keep, set)
-    method = parse_options(options).method
+    settings = parse_options(options)
+    method = settings.method
     if not isinstance(method, Eventful):
         raise InputError("video needs --set method=eventful, which is the default")
     limit = frames or (FRAMES_OF_A_CAMERA if video.isdigit() else None)
@@ -96,7 +97,7 @@ def command(
     size = size_of(loaded)
     with working("planning"):
         report = planned(loaded, method)
-    if not report.converted:
+    if not report.converted and not settings.always_rewrite:
         reasons = "; ".join(dict.fromkeys(item.reason for item in report.refusals))
         raise InputError(f"{model} is left as it is: {reasons}")
     if loaded.random:
