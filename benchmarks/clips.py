@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import cycle, islice
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-import av
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks.data import DataMissingError, data_file
 from examples.saliency import MEAN, STD
+from tokenpass.cli import clips as package
+from tokenpass.cli.clips import Pixels, frame_rate
+
+__all__ = ["Pixels", "clips", "frame_rate", "frames", "normalised", "pictures", "successive"]
 
 FOLDER = "video"
 HEIGHT, WIDTH = 252, 448
 """18 rows and 32 columns of patches of 14 pixels."""
-
-Pixels = NDArray[np.uint8]
 
 
 def clips() -> dict[str, Path]:
@@ -47,13 +46,7 @@ def pictures(
         start: The first one.
         size: ``(H, W)``.
     """
-    height, width = size
-    with av.open(str(path)) as container:
-        end = None if limit is None else start + limit
-        for frame in islice(container.decode(video=0), start, end):
-            yield frame.to_ndarray(
-                format="rgb24", height=height, width=width, interpolation="BICUBIC"
-            ).astype(np.uint8, copy=False)
+    yield from package.pictures(path, limit, start, size)
 
 
 def normalised(picture: Pixels) -> Tensor:
@@ -73,9 +66,3 @@ def successive(function: Callable[[Tensor], Any], video: Sequence[Tensor]) -> Ca
     """Each call takes the next frame; at the end the clip runs backwards, so it is never cut."""
     endless = cycle([*video, *video[-2:0:-1]])
     return lambda: function(next(endless))
-
-
-def frame_rate(path: Path) -> float:
-    """Frames in a second, as the file says."""
-    with av.open(str(path)) as container:
-        return float(container.streams.video[0].average_rate or 25)

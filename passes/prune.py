@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from tokenpass import torch_internals as internals
 from tokenpass.blocks import Attention
 from tokenpass.capture import Captured, in_region_of
+from tokenpass.cuts import as_outputs
 from tokenpass.dims import Dim, Dims, is_data
 from tokenpass.errors import BrokenInvariantError
 from tokenpass.facts import Facts
@@ -30,15 +31,17 @@ from tokenpass.pruning import Pruning
 RULE = "prune"
 
 
-def prune(captured: Captured, facts: Facts, plan: Pruning, versions: Versions) -> fx.GraphModule:
+def prune(
+    captured: Captured, facts: Facts, plan: Pruning, versions: Versions, *, record: bool = False
+) -> fx.GraphModule:
     """The graph with the cuts of ``plan``.
 
     Its outputs are those of the original and, after them, the grid positions of the surviving patch
-    tokens ``(B, K)``.
+    tokens ``(B, K)``, and what :func:`~tokenpass.cuts.as_outputs` tells of the cuts if asked.
     """
 
     def run(*inputs: Any) -> Any:
-        return _Pruner(captured, facts, plan, versions).run(inputs)
+        return _Pruner(captured, facts, plan, versions, record).run(inputs)
 
     module = internals.trace(run, captured.inputs, captured.mode)
     module.graph.eliminate_dead_code()
@@ -49,7 +52,10 @@ def prune(captured: Captured, facts: Facts, plan: Pruning, versions: Versions) -
 class _Pruner:
     """Runs the original graph once, version by version."""
 
-    def __init__(self, captured: Captured, facts: Facts, plan: Pruning, versions: Versions) -> None:
+    def __init__(
+        self, captured: Captured, facts: Facts, plan: Pruning, versions: Versions, record: bool
+    ) -> None:
+        self.record = record
         self.module = captured.module
         self.facts = facts
         self.plan = plan
@@ -105,7 +111,9 @@ class _Pruner:
 
         outputs = fx.map_arg(output.args[0], produce)
         flat = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
-        return (*flat, self.stages[final].positions)
+        made = [self.stages[n] for n in range(1, final + 1)] if self.record else []
+        told = as_outputs((left.positions, left.owner_of_all) for left in made)
+        return (*flat, self.stages[final].positions, *told)
 
     def _merged_output(self, node: fx.Node) -> Any:
         """An output of an encoder that ran in full, its dropped tokens merged afterwards."""

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from tokenpass import torch_internals as internals
 from tokenpass.capture import Captured
+from tokenpass.cuts import as_outputs
 from tokenpass.facts import Facts
 from tokenpass.gating import Region
 from tokenpass.merging import merge, merged_sizes, owners, rows_of_all, take
@@ -24,15 +25,17 @@ from tokenpass.passes.graph_run import GraphRun
 from tokenpass.selection import anchors_and_buffers, best
 
 
-def prune_partly(captured: Captured, facts: Facts, plan: PartialPruning) -> fx.GraphModule:
+def prune_partly(
+    captured: Captured, facts: Facts, plan: PartialPruning, *, record: bool = False
+) -> fx.GraphModule:
     """The graph with the cuts of ``plan``.
 
     Its outputs are those of the original and, after them, the grid positions of the surviving patch
-    tokens ``(B, K)``.
+    tokens ``(B, K)``, and what :func:`~tokenpass.cuts.as_outputs` tells of the cuts if asked.
     """
 
     def run(*inputs: Any) -> Any:
-        return _Run(captured, facts, plan).run(inputs)
+        return _Run(captured, facts, plan, record).run(inputs)
 
     module = internals.trace(run, captured.inputs, captured.mode)
     module.graph.eliminate_dead_code()
@@ -64,8 +67,11 @@ class _Left:
 class _Run(GraphRun):
     rule = "prune partly"
 
-    def __init__(self, captured: Captured, facts: Facts, plan: PartialPruning) -> None:
+    def __init__(
+        self, captured: Captured, facts: Facts, plan: PartialPruning, record: bool
+    ) -> None:
         super().__init__(captured, facts)
+        self.record = record
         self.plan = plan
         self.cuts = {cut.at: cut for cut in plan.cuts}
         self.region_of = {
@@ -85,7 +91,11 @@ class _Run(GraphRun):
             self._cut(self.cuts[node])
 
     def finish(self, output: fx.Node) -> Any:
-        return (*self.outputs(output, frozenset()), self.left[len(self.plan.cuts)].positions)
+        last = self.left[len(self.plan.cuts)].positions
+        merges = self.plan.method.merges
+        cuts = [(left.positions, left.owner if merges else None) for left in self.left.values()]
+        told = as_outputs(cuts) if self.record else ()
+        return (*self.outputs(output, frozenset()), last, *told)
 
     # ------------------------------------------------------------ a cut
 

@@ -1,7 +1,6 @@
 """The video demo reads and writes what it says, and its picture says what was updated.
 
-Breaks if frames are lost or reordered between reading and writing, if a reused patch is drawn as an
-updated one, or if the class token is taken for a patch.
+Breaks if frames are lost or reordered between reading and writing, or drawn as others are.
 """
 
 from __future__ import annotations
@@ -15,8 +14,9 @@ import torch
 
 import tokenpass
 from benchmarks import clips
-from examples import demo_video, overlay
+from examples import demo_video
 from examples.saliency import MEAN, STD, Saliency
+from tokenpass.cli.clips import writing
 
 SIZE = (56, 84)
 LEVELS = (20, 90, 160, 230)
@@ -26,7 +26,7 @@ LEVELS = (20, 90, 160, 230)
 def clip(tmp_path: Path) -> Path:
     """A video of plain grey frames, each brighter than the one before."""
     path = tmp_path / "grey.mp4"
-    with overlay.writing(path, 12.5) as writer:
+    with writing(path, 12.5) as writer:
         for level in LEVELS:
             writer.write(np.full((*SIZE, 3), level, np.uint8))
     return path
@@ -56,27 +56,8 @@ def test_a_clip_runs_back_and_forth() -> None:
     assert [call() for _ in range(7)] == [0, 1, 2, 1, 0, 1, 2]
 
 
-def test_updated_share_is_that_of_the_patch_tokens() -> None:
-    first = torch.tensor([[True, False, True, False, False, True, False]])
-    second = torch.tensor([[True, False, False, False, False, True, False]])
-    decoder = torch.ones(1, 24, dtype=torch.bool)
-    share = overlay.updated_share([first, second, decoder], (2, 3))
-    assert share.tolist() == [[0, 0.5, 0], [0, 1, 0]]
-    assert overlay.updated_share([], (2, 3)).tolist() == [[1, 1, 1], [1, 1, 1]]
-
-
-def test_reused_patches_are_grey_and_dim() -> None:
-    picture = np.full((4, 6, 3), (200, 100, 0), np.uint8)
-    drawn = overlay.overlay(picture, torch.tensor([[0, 1.0, 0.5], [0, 0, 0]]))
-    assert drawn.shape == picture.shape
-    assert np.array_equal(drawn[:2, :2], np.full((2, 2, 3), 100 * overlay.QUIET))
-    tinted = (1 - overlay.STRENGTH) * picture[0, 0] + overlay.STRENGTH * np.array(overlay.TINT)
-    assert drawn[0, 2] == pytest.approx(tinted, abs=1)
-    assert drawn[1, 5] == pytest.approx((100 * overlay.QUIET + tinted) / 2, abs=1)
-
-
 def test_heat_is_brighter_for_more() -> None:
-    drawn = overlay.heat(torch.tensor([[0.0, 0.5, 1.0]])).astype(int).sum(-1)
+    drawn = demo_video.heat(torch.tensor([[0.0, 0.5, 1.0]])).astype(int).sum(-1)
     assert drawn.shape == (1, 3)
     assert drawn[0, 0] < drawn[0, 1] < drawn[0, 2]
 

@@ -1,9 +1,13 @@
 """Token reduction for vision transformers as a ``torch.compile`` backend."""
 
+from importlib import import_module
+from typing import Any
+
 from tokenpass import selectors
 from tokenpass.api import (
     BlockStats,
     Stats,
+    cuts,
     kept,
     load_state_dict,
     report,
@@ -14,6 +18,7 @@ from tokenpass.api import (
     stream,
 )
 from tokenpass.backend import backend
+from tokenpass.cuts import Cut
 from tokenpass.errors import (
     BrokenInvariantError,
     NothingRecordedError,
@@ -21,7 +26,7 @@ from tokenpass.errors import (
     TokenpassError,
     TokenpassWarning,
 )
-from tokenpass.explain import explain
+from tokenpass.explain import budget_for, explain
 from tokenpass.latency import LatencyTarget
 from tokenpass.methods import Eventful, HiPrune
 from tokenpass.report import Refusal, Report
@@ -33,6 +38,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BlockStats",
     "BrokenInvariantError",
+    "Cut",
     "Eventful",
     "HiPrune",
     "LatencyTarget",
@@ -45,6 +51,8 @@ __all__ = [
     "TokenpassWarning",
     "VisionLanguageModel",
     "backend",
+    "budget_for",
+    "cuts",
     "explain",
     "kept",
     "load_state_dict",
@@ -58,3 +66,10 @@ __all__ = [
     "stream",
     "vlm",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """:mod:`tokenpass.plot`, imported when it is used: it needs matplotlib."""
+    if name == "plot":
+        return import_module("tokenpass.plot")
+    raise AttributeError(f"module 'tokenpass' has no attribute {name!r}")

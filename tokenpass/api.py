@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from tokenpass import torch_internals as internals
+from tokenpass.cuts import Cut
 from tokenpass.errors import NothingRecordedError, OptionError
 from tokenpass.methods import Budget, HiPrune, Method, check_budget, check_threshold
 from tokenpass.report import GraphReport, Report
@@ -74,6 +75,23 @@ def kept(compiled: Any) -> Tensor:
             "no patch tokens are known of the last call: tokenpass.report shows what was refused"
         )
     return found[-1].clone()
+
+
+def cuts(compiled: Any) -> list[Cut]:
+    """What each cut of the last call did: which tokens it left, and where the others went.
+
+    Args:
+        compiled: A model compiled with ``options={"record_cuts": True, ...}``.
+
+    Raises:
+        NothingRecordedError: If the model has not run, or was compiled without.
+    """
+    found = [cut for session in _last_call(compiled) for cut in session.cuts]
+    if not found:
+        raise NothingRecordedError(
+            "no cuts are known of the last call: compile with record_cuts=True and call the model"
+        )
+    return found
 
 
 def report(compiled: Any) -> Report:

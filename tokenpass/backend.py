@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import fx
@@ -10,7 +10,7 @@ from torch import fx
 from tokenpass import torch_internals as internals
 from tokenpass.errors import OptionError
 from tokenpass.methods import Eventful, HiPrune, Method
-from tokenpass.options import Inner, Settings, parse_options
+from tokenpass.options import Inner, Options, Settings, parse_options
 from tokenpass.runtime import CompiledGraph
 from tokenpass.streaming import GatedGraph
 
@@ -22,7 +22,7 @@ def tokenpass_backend(
     inputs: Sequence[Any],
     *,
     mode: str | None = None,
-    options: Mapping[str, Any] | None = None,
+    options: Options | None = None,
 ) -> Callable[..., Any]:
     """What ``torch.compile(model, backend="tokenpass", options=...)`` calls for each graph.
 
@@ -30,7 +30,9 @@ def tokenpass_backend(
         module: A graph from Dynamo.
         inputs: Its example inputs.
         mode: As in ``torch.compile``; goes to Inductor.
-        options: ``method``, ``inner``, ``always_rewrite``, ``mode`` and the fields of the method.
+        options: ``method``, ``inner``, ``always_rewrite``, ``mode``, the fields of the method, and
+            in place of its budget ``target_flops`` or ``target_ms``; or the path of a file that
+            ``tokenpass tune`` wrote, which is also an option itself (``config``).
 
     Raises:
         OptionError: For an unknown option or value.
@@ -45,6 +47,9 @@ def backend(
     inner: Inner = "inductor",
     always_rewrite: bool = False,
     mode: str | None = None,
+    record_cuts: bool = False,
+    target_flops: float | None = None,
+    target_ms: float | None = None,
 ) -> Backend:
     """A backend for ``torch.compile(model,
     backend=tokenpass.backend(tokenpass.HiPrune(keep=0.5)))``.
@@ -54,11 +59,22 @@ def backend(
         inner: The backend that the rewritten graph goes to, by name or itself.
         always_rewrite: Rewrite at full budget too, and where the cost model says it does not pay.
         mode: Mode of Inductor.
+        target_flops: Share of the FLOPs from which the budget is solved, instead of ``keep``.
+        target_ms: Milliseconds that a call may take, from which the budget is found.
+        record_cuts: Remember what each cut of a call did, for :func:`tokenpass.cuts`.
 
     Raises:
         OptionError: If one of them is not valid.
     """
-    settings = Settings(method or HiPrune(), inner, always_rewrite, mode)
+    settings = Settings(
+        method or HiPrune(),
+        inner,
+        always_rewrite,
+        mode,
+        record_cuts=record_cuts,
+        target_flops=target_flops,
+        target_ms=target_ms,
+    )
 
     def tokenpass(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         with internals.showing_the_user(OptionError):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import fx
 
 from tokenpass import torch_internals as internals
+from tokenpass.budgets import for_flops
 from tokenpass.errors import OptionError, TokenpassError
 from tokenpass.gated import gate_graph
 from tokenpass.methods import Eventful, HiPrune, Method
@@ -54,6 +56,48 @@ def explain(
             f"Dynamo captured no graph of {type(target).__name__}: does it run under torch.compile?"
         )
     return Report(graphs, _outside(target, args, kwargs, graphs))
+
+
+def budget_for(
+    model: Callable[..., Any],
+    *args: Any,
+    target_flops: float,
+    method: Method | None = None,
+    **kwargs: Any,
+) -> Method:
+    """The method with the largest budget at which a model costs no more than a share of its FLOPs.
+
+    Args:
+        model: As in :func:`explain`.
+        *args: Its inputs.
+        target_flops: Share of the FLOPs, in (0, 1].
+        method: What to plan, whose budget does not matter; default ``HiPrune()``.
+        **kwargs: More inputs.
+
+    Raises:
+        OptionError: If the smallest budget costs more, or the method does not fit the model.
+        TokenpassError: If Dynamo captures no graph at all.
+    """
+    wanted = method or HiPrune()
+    target = internals.original_module(model) or model
+    solved: list[Method] = []
+
+    def solving(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        hint = partial(internals.size_hint, internals.current_fake_mode())
+        with internals.showing_the_user(OptionError):
+            solved.append(for_flops(module, inputs, wanted, target_flops, hint))
+        return module.forward
+
+    torch.compile(_fresh(_call), backend=solving, dynamic=False)(target, args, kwargs)
+    if not solved:
+        raise TokenpassError(
+            f"Dynamo captured no graph of {type(target).__name__}: does it run under torch.compile?"
+        )
+    return min((m for m in solved if m != wanted), key=_share, default=wanted)
+
+
+def _share(method: Method) -> float:
+    return float(method.keep if method.keep is not None else 1.0)
 
 
 def _planned(module: fx.GraphModule, inputs: Sequence[Any], method: Method) -> GraphReport:

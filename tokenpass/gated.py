@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -82,6 +82,14 @@ def _block_reports(plan: Gating) -> list[BlockReport]:
         updated = passing(plan.method, region.patches)
         rows.append(BlockReport(block, region.patches, region.patches, updated))
     return rows
+
+
+def gate_planner(
+    module: fx.GraphModule, inputs: Sequence[Any]
+) -> Callable[[Eventful], GraphReport]:
+    """What gates with other budgets would do to a graph, which is analysed once."""
+    analysis = analyse(module, inputs)
+    return lambda method: plan_gates(analysis, method, always=False).report
 
 
 def gate_graph(

@@ -58,6 +58,10 @@ class PartialPruning:
     blocks: Sequence[Block]
 
     @property
+    def cut_count(self) -> int:
+        return len(self.cuts)
+
+    @property
     def patches(self) -> int:
         """Patch tokens of an image."""
         return self.layout.count - len(self.fixed)

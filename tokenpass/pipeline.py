@@ -151,7 +151,8 @@ def base_report(analysis: Analysis) -> GraphReport:
     )
     if found.grid is not None:
         tokens = analysis.hint(found.grid.count)
-        report = replace(report, tokens=tokens, kept=tokens)
+        grid = tuple(analysis.hint(size) for size in found.grid.shape)
+        report = replace(report, grid=grid, tokens=tokens, kept=tokens)
     number = evaluate(before, {0: report.tokens}, analysis.hint)
     return replace(report, flops=number, flops_before=number)
 
@@ -222,6 +223,7 @@ def plan_partly(analysis: Analysis, method: HiPrune, *, always: bool) -> Rewrite
         cost=partial_cost(facts, decided),
         cost_before=expression(report.flops_before),
         flops=flops,
+        grid=decided.shape,
         tokens=decided.patches,
         kept=decided.count(len(decided.cuts)),
     )
@@ -297,6 +299,7 @@ def rewrite(
     always: bool,
     rewriting: bool = True,
     dry: bool = False,
+    record: bool = False,
 ) -> Rewrite:
     """Analyse, plan, rewrite and check.
 
@@ -309,6 +312,7 @@ def rewrite(
         always: Rewrite at full budget too, and where it does not pay.
         rewriting: Whether the grid may be fixed to the one at hand.
         dry: Only plan.
+        record: Whether the graph also returns what each cut did.
 
     Raises:
         OptionError: If the method does not fit the model.
@@ -321,7 +325,7 @@ def rewrite(
             analysis, planned = _with_partial(analysis, planned, method, module, inputs, always)
         if planned.plan is None or dry:
             return planned
-        rewritten = _rewritten(analysis, planned.plan)
+        rewritten = _rewritten(analysis, planned.plan, record)
     except Exception as error:
         if isinstance(error, OptionError) or internals.steers_compilation(error):
             raise
@@ -352,14 +356,18 @@ def _with_partial(
     return analysis, planned
 
 
-def _rewritten(analysis: Analysis, decided: Pruning | PartialPruning) -> fx.GraphModule:
+def _rewritten(
+    analysis: Analysis, decided: Pruning | PartialPruning, record: bool
+) -> fx.GraphModule:
     captured, facts = analysis.captured, analysis.facts
+    each = (1 + decided.method.merges) * record
     if isinstance(decided, PartialPruning):
-        module = prune_partly(captured, facts, decided)
-        check_same_outputs(captured, module, decided.count(len(decided.cuts)))
+        module = prune_partly(captured, facts, decided, record=record)
+        kept, recorded = decided.count(len(decided.cuts)), each * len(decided.cuts)
+        check_same_outputs(captured, module, kept, recorded)
         return module
-    module = prune(captured, facts, decided, _versions(analysis, decided))
-    check_rewrite(captured, facts, decided, module)
+    module = prune(captured, facts, decided, _versions(analysis, decided), record=record)
+    check_rewrite(captured, facts, decided, module, each * len(decided.stages))
     return module
 
 

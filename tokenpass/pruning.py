@@ -73,6 +73,10 @@ class Pruning:
         )
 
     @property
+    def cut_count(self) -> int:
+        return len(self.stages)
+
+    @property
     def inside(self) -> bool:
         """Whether tokens leave inside the encoder, and not only its outputs."""
         return self.stages[0].at is not None

@@ -67,6 +67,7 @@ class GraphReport:
         proof: How the patch tokens were recognised, line by line.
         cost: FLOPs after the rewrite as a polynomial in the token counts; ``cost_before`` without.
         flops: The same as a number for the given inputs; ``flops_before`` without the rewrite.
+        grid: Patch tokens along each axis of their grid; empty if there is none.
         tokens: Patch tokens; ``kept`` of them are left at the end.
         failed: Whether a rewrite was begun and undone.
     """
@@ -81,6 +82,7 @@ class GraphReport:
     cost_before: sympy.Expr = field(default=sympy.Integer(0))
     flops: int = 0
     flops_before: int = 0
+    grid: Sequence[int] = ()
     tokens: int = 0
     kept: int = 0
     failed: bool = False
@@ -120,6 +122,11 @@ class Report:
         return sympy.Add(*(graph.cost for graph in self.graphs))
 
     @property
+    def grid(self) -> Sequence[int]:
+        """Patch tokens along each axis of their grid; empty if there is none."""
+        return next((graph.grid for graph in self.graphs if graph.grid), ())
+
+    @property
     def flops(self) -> int:
         return sum(graph.flops for graph in self.graphs)
 
@@ -128,15 +135,19 @@ class Report:
         return sum(graph.flops_before for graph in self.graphs)
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=WIDTH, color_system=None)
+        return self.text()
+
+    def text(self, width: int = WIDTH) -> str:
+        """Summary, blocks, proof and refusals in so many columns at most."""
+        console = Console(file=io.StringIO(), width=width, color_system=None)
         console.print(self._summary(), highlight=False)
         for graph in self.graphs:
             if graph.blocks:
-                console.print(_block_table(graph))
+                console.print(_block_table(graph, width))
             for line in graph.proof:
                 console.print(f"  {line}", highlight=False, markup=False, overflow="fold")
         if self.refusals:
-            console.print(_refusal_table(self.refusals))
+            console.print(_refusal_table(self.refusals, width))
         assert isinstance(console.file, io.StringIO)
         return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
 
@@ -158,10 +169,20 @@ def _giga(flops: int) -> str:
     return f"{flops / 1e9:.3f}"
 
 
-def _block_table(graph: GraphReport) -> Table:
-    table = Table(box=None, pad_edge=False, width=WIDTH)
-    for title, ratio in (("block", 1), ("tokens", 3), ("attention", 2), ("mlp", 4), ("from", 8)):
-        table.add_column(title, ratio=ratio, no_wrap=True, overflow="ellipsis")
+BLOCK_COLUMNS = (
+    ("block", 5, 1),
+    ("tokens", 12, 3),
+    ("attention", 11, 2),
+    ("mlp", 9, 4),
+    ("from", 18, 8),
+)
+"""Title, least width, and share of the rest of the width."""
+
+
+def _block_table(graph: GraphReport, width: int) -> Table:
+    table = Table(box=None, pad_edge=False, width=width)
+    for title, least, ratio in BLOCK_COLUMNS:
+        table.add_column(title, min_width=least, ratio=ratio, no_wrap=True, overflow="ellipsis")
     for number, row in enumerate(graph.blocks, 1):
         tokens = str(row.tokens_in)
         if row.tokens_out != row.tokens_in:
@@ -178,8 +199,8 @@ def _block_table(graph: GraphReport) -> Table:
     return table
 
 
-def _refusal_table(refusals: Sequence[Refusal]) -> Table:
-    table = Table(box=None, pad_edge=False, width=WIDTH)
+def _refusal_table(refusals: Sequence[Refusal], width: int) -> Table:
+    table = Table(box=None, pad_edge=False, width=width)
     table.add_column("left alone", ratio=6)
     table.add_column("node", ratio=2, no_wrap=True, overflow="ellipsis")
     table.add_column("from", ratio=4, no_wrap=True, overflow="ellipsis")

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from tokenpass import torch_internals as internals
+from tokenpass.budgets import LEAST, for_flops, for_milliseconds
+from tokenpass.cuts import from_outputs
 from tokenpass.errors import TokenpassWarning
 from tokenpass.methods import Budget, HiPrune
 from tokenpass.options import Settings
 from tokenpass.pipeline import rewrite, undone
 from tokenpass.report import GraphReport
 from tokenpass.sessions import Graph, Session, register
+from tokenpass.timing import timed
+
+log = logging.getLogger("tokenpass")
+
+ROUNDS, WARM_UP = 5, 2
+"""Calls that are timed for ``target_ms``, and those before them that are not."""
 
 Run = Callable[..., Any]
 
@@ -30,6 +40,7 @@ class Variant:
         run: The compiled graph.
         report: What was done to it.
         prunes: Whether it returns kept positions after its outputs.
+        records: How many tensors it returns after these, which tell what each cut did.
         batch: Where the number of images can be read: pairs of input and dimension.
     """
 
@@ -37,17 +48,21 @@ class Variant:
     report: GraphReport
     prunes: bool
     batch: tuple[tuple[int, int], ...]
+    records: int = 0
 
-    def __call__(self, inputs: Sequence[Any]) -> tuple[Any, Tensor | None]:
-        """Outputs, and grid positions of the patch tokens that are left, ``(B, K)``."""
+    def __call__(self, inputs: Sequence[Any]) -> tuple[Any, Tensor | None, Sequence[Tensor]]:
+        """Outputs; grid positions of the patch tokens that are left, ``(B, K)``; what is told of
+        the cuts.
+        """
         outputs = self.run(*inputs)
         if self.prunes:
-            *rest, kept = outputs
-            return tuple(rest), kept
+            end = len(outputs) - self.records
+            *rest, kept = outputs[:end]
+            return tuple(rest), kept, outputs[end:]
         if not self.report.tokens:
-            return outputs, None
+            return outputs, None, ()
         images = math.prod(inputs[index].shape[dim] for index, dim in self.batch)
-        return outputs, torch.arange(self.report.tokens).expand(images, -1)
+        return outputs, torch.arange(self.report.tokens).expand(images, -1), ()
 
 
 class CompiledGraph(Graph[Session]):
@@ -72,21 +87,68 @@ class CompiledGraph(Graph[Session]):
         assert isinstance(settings.method, HiPrune)
         super().__init__(module, settings, inputs, Session, backend, frame)
         self._method = settings.method
-        rewriting = settings.always_rewrite or not self._method.full
-        first = self._compile(self._method, inputs, rewriting=rewriting)
         self._dynamic = any(isinstance(x, torch.SymInt) for x in inputs)
-        self._variants: dict[Any, Variant] = {None: first}
-        if not first.report.converted and not self._method.full:
-            warn_of_nothing(first.report)
+        self._variants: dict[Any, Variant] = {}
+        self._target_ms = settings.target_ms
+        if settings.target_flops is not None:
+            mode = internals.current_fake_mode()
+            solved = for_flops(
+                module,
+                inputs,
+                self._method,
+                settings.target_flops,
+                partial(internals.size_hint, mode),
+            )
+            assert isinstance(solved, HiPrune)
+            self._method = solved
+        if self._target_ms is None:
+            self._first(inputs)
         register(self)
 
+    def _first(self, inputs: Sequence[Any]) -> None:
+        """Compile for the budget that was asked for."""
+        rewriting = self._settings.always_rewrite or not self._method.full
+        first = self._compile(self._method, inputs, rewriting=rewriting)
+        if not first.report.converted and not self._method.full:
+            warn_of_nothing(first.report)
+        self._variants[None] = first
+
     def __call__(self, *inputs: Any) -> Any:
+        if self._target_ms is not None:
+            with self._lock:
+                self._calibrate(inputs)
         session = self._sessions.of(inputs)
         variant = self._variant(session.keep, inputs)
-        outputs, session.kept = variant(inputs)
+        outputs, session.kept, told = variant(inputs)
+        session.cuts = from_outputs(told, self._method.merges)
         session.report = variant.report
         session.mark()
         return outputs
+
+    def _calibrate(self, inputs: Sequence[Any]) -> None:
+        """Find the budget that a call may have by timing some, once."""
+        if self._target_ms is None:
+            return
+        copies = [_copied(x) for x in inputs]
+        tried: dict[float, Variant] = {}
+
+        def at(keep: float) -> Variant:
+            if keep not in tried:
+                method = self._method.with_budget(keep)
+                tried[keep] = self._compile(method, inputs, rewriting=keep < 1.0)
+            return tried[keep]
+
+        def measure(keep: float) -> float:
+            with torch.no_grad(), torch.random.fork_rng():
+                return 1e3 * timed(partial(at(keep), copies), ROUNDS, WARM_UP).median
+
+        if at(LEAST).prunes:
+            keep = for_milliseconds(self._target_ms, measure)
+            log.info("target_ms=%g: keep=%.3f", self._target_ms, keep)
+            self._method, self._variants[None] = self._method.with_budget(keep), tried[keep]
+        else:
+            self._first(inputs)
+        self._target_ms = None
 
     def _variant(self, keep: Budget | None, inputs: Sequence[Any]) -> Variant:
         key: Any = keep
@@ -102,11 +164,15 @@ class CompiledGraph(Graph[Session]):
 
     def _compile(self, method: HiPrune, inputs: Sequence[Any], *, rewriting: bool) -> Variant:
         always = self._settings.always_rewrite
-        result = rewrite(self._module, inputs, method, always=always, rewriting=rewriting)
-        if result.module is not None:
+        record = self._settings.record_cuts
+        result = rewrite(
+            self._module, inputs, method, always=always, rewriting=rewriting, record=record
+        )
+        if result.module is not None and result.plan is not None:
+            records = (1 + method.merges) * result.plan.cut_count if record else 0
             try:
                 run = self._inner(result.module, inputs)
-                return Variant(run, result.report, True, ())
+                return Variant(run, result.report, True, (), records)
             except Exception as error:
                 if internals.steers_compilation(error):
                     raise
@@ -116,6 +182,13 @@ class CompiledGraph(Graph[Session]):
 
     def _inner(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Run:
         return compile_inner(self._settings, module, inputs)
+
+
+def _copied(value: Any) -> Any:
+    """A tensor that may be written into without a trace; parameters are not written into."""
+    if isinstance(value, Tensor) and not isinstance(value, torch.nn.Parameter):
+        return value.detach().clone()
+    return value
 
 
 def _shapes(inputs: Sequence[Any]) -> list[Any]:

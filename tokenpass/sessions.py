@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils.weak import WeakIdKeyDictionary
 
+from tokenpass.cuts import Cut
 from tokenpass.methods import Budget, Method
 from tokenpass.options import Settings
 from tokenpass.report import GraphReport
@@ -29,6 +30,7 @@ class Session:
     Attributes:
         keep: A budget set at run time; ``None`` for the one it was compiled with.
         kept: Grid positions of the last call's surviving patch tokens, ``(B, K)``.
+        cuts: What each cut of the last call did, where that is recorded.
         report: Of the variant that ran last; ``None`` before the first call.
         ran: When it ran last, counted over all graphs.
         part: Which part of the model the graph is; a graph that was compiled anew, for images of
@@ -37,6 +39,7 @@ class Session:
 
     keep: Budget | None = None
     kept: Tensor | None = None
+    cuts: Sequence[Cut] = ()
     report: GraphReport | None = None
     ran: int = 0
     part: object = None
@@ -48,6 +51,7 @@ class Session:
     def forget(self) -> None:
         """Drop what earlier calls left; the budget is the one that was compiled."""
         self.keep = self.kept = None
+        self.cuts = ()
 
     def follow(self, other: Session) -> None:
         """Take over what was set at run time for the same part of the model."""

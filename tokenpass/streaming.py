@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from tokenpass import torch_internals as internals
+from tokenpass.budgets import for_flops
 from tokenpass.errors import TokenpassError, TokenpassWarning
 from tokenpass.gated import Gated, gate_graph
 from tokenpass.gating import budget
@@ -325,8 +326,12 @@ class GatedGraph(Graph[StreamSession]):
         return self._compiled[signature]
 
     def _compile(self, inputs: Sequence[Any]) -> Compiled:
-        always = self._settings.always_rewrite
+        always, share = self._settings.always_rewrite, self._settings.target_flops
         with torch.inference_mode(False), torch.no_grad():
+            if share is not None:
+                solved = for_flops(self._module, inputs, self._method, share, int)
+                assert isinstance(solved, Eventful)
+                self._method = solved
             gated = gate_graph(self._module, inputs, self._method, always=always)
             if gated.full is not None and gated.incremental is not None:
                 try:

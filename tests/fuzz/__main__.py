@@ -48,26 +48,39 @@ def summary(tally: Tally) -> Table:
     return table
 
 
-def main() -> int:
-    given = arguments()
+def watched(
+    console: Console,
+    seconds: float,
+    seed: int,
+    failures: Path,
+    *,
+    most: int | None = None,
+    shrinking: float = 60.0,
+) -> Tally:
+    """Fuzz on one thread, with a progress bar on ``console``; arguments as of :func:`fuzz`."""
     torch.set_num_threads(1)
-    console = Console()
     columns = (BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=given.seconds)
+        task = progress.add_task("", total=seconds)
 
         def note(tally: Tally) -> None:
             words = f"{tally.cases} cases, {len(tally.failures) + tally.repeats} failed"
             progress.update(task, completed=tally.seconds, description=words)
 
-        tally = fuzz(
-            given.seconds,
-            given.seed,
-            given.failures,
-            most=given.cases,
-            shrinking=given.shrinking,
-            note=note,
-        )
+        return fuzz(seconds, seed, failures, most=most, shrinking=shrinking, note=note)
+
+
+def main() -> int:
+    given = arguments()
+    console = Console()
+    tally = watched(
+        console,
+        given.seconds,
+        given.seed,
+        given.failures,
+        most=given.cases,
+        shrinking=given.shrinking,
+    )
     console.print(summary(tally))
     return 1 if tally.failures else 0
 

@@ -13,12 +13,15 @@ FOLDERS = {
     "tokenpass": "tokenpass",
     "passes": "tokenpass.passes",
     "patterns": "tokenpass.patterns",
+    "tokenpass/cli": "tokenpass.cli",
+    "tokenpass/plot": "tokenpass.plot",
     "tokenpass/selectors": "tokenpass.selectors",
 }
 
 LAYERS = [
     {"errors", "dims", "kernels", "torch_internals"},
-    {"graph", "grid", "merging", "methods", "attention_rows", "native", "running_softmax"},
+    {"config", "cuts", "graph", "grid", "merging", "methods", "timing"},
+    {"attention_rows", "native", "running_softmax"},
     {"axis_rule", "blocks", "capture", "facts", "gates", "layout", "options"},
     {"exchange_cost", "incremental"},
     {"rows", "scenes", "selection", "state"},
@@ -27,10 +30,11 @@ LAYERS = [
     {"patterns"},
     {"passes"},
     {"pipeline", "gated"},
+    {"budgets"},
     {"sessions"},
     {"runtime", "streaming", "explain"},
     {"api", "backend"},
-    {"latency"},
+    {"latency", "plot"},
     {"vision_attention", "visual_cells", "prompts"},
     {"visual_grid"},
     {"visual_tokens"},
@@ -40,6 +44,7 @@ LAYERS = [
     {"vlm_cost", "visual_choice"},
     {"vision_language"},
     {"__init__"},
+    {"cli", "__main__"},
 ]
 """From the bottom up: a module imports from its own layer or from those below it."""
 

@@ -1,0 +1,1 @@
+"""Figures say what was given to them."""
