@@ -13,9 +13,10 @@ from torch import Tensor, fx
 
 from tokenpass import torch_internals as internals
 from tokenpass.errors import TokenpassWarning
+from tokenpass.logs import log_compilation
 from tokenpass.methods import Budget, HiPrune
 from tokenpass.options import Settings
-from tokenpass.pipeline import rewrite, undone
+from tokenpass.pipeline import Rewrite, rewrite, undone
 from tokenpass.report import GraphReport
 from tokenpass.sessions import Graph, Session, register
 
@@ -104,6 +105,7 @@ class CompiledGraph(Graph[Session]):
         always = self._settings.always_rewrite
         result = rewrite(self._module, inputs, method, always=always, rewriting=rewriting)
         if result.module is not None:
+            self._log(result)
             try:
                 run = self._inner(result.module, inputs)
                 return Variant(run, result.report, True, ())
@@ -111,8 +113,13 @@ class CompiledGraph(Graph[Session]):
                 if internals.steers_compilation(error):
                     raise
                 result = undone(result, error)
+        self._log(result)
         run = self._inner(self._module, inputs)
         return Variant(run, result.report, False, result.batch)
+
+    def _log(self, result: Rewrite) -> None:
+        after = {"after": result.module} if result.module is not None else {}
+        log_compilation(result.report, {"before": self._module, **after}, self._compilation)
 
     def _inner(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Run:
         return compile_inner(self._settings, module, inputs)

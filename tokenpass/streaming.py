@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import logging
 import threading
 import warnings
 from collections import OrderedDict
@@ -20,6 +19,7 @@ from tokenpass import torch_internals as internals
 from tokenpass.errors import TokenpassError, TokenpassWarning
 from tokenpass.gated import Gated, gate_graph
 from tokenpass.gating import budget
+from tokenpass.logs import log, log_compilation
 from tokenpass.methods import Eventful
 from tokenpass.options import Settings
 from tokenpass.pipeline import failed
@@ -27,8 +27,6 @@ from tokenpass.runtime import Run, compile_inner, warn_of_nothing
 from tokenpass.scenes import SceneWatch
 from tokenpass.sessions import Graph, Session, register, siblings
 from tokenpass.state import Slot, fresh_state
-
-log = logging.getLogger("tokenpass")
 
 Signature = tuple[Any, ...]
 
@@ -329,6 +327,7 @@ class GatedGraph(Graph[StreamSession]):
         with torch.inference_mode(False), torch.no_grad():
             gated = gate_graph(self._module, inputs, self._method, always=always)
             if gated.full is not None and gated.incremental is not None:
+                self._log(gated)
                 try:
                     full, incremental = (
                         compile_inner(self._settings, graph.module, graph.inputs)
@@ -340,7 +339,13 @@ class GatedGraph(Graph[StreamSession]):
                         raise
                     gated = Gated(failed(gated.report, error))
             warn_of_nothing(gated.report)
+            self._log(gated)
             return Compiled(gated, compile_inner(self._settings, self._module, inputs), None)
+
+    def _log(self, gated: Gated) -> None:
+        traced = {"full": gated.full, "incremental": gated.incremental}
+        after = {name: graph.module for name, graph in traced.items() if graph is not None}
+        log_compilation(gated.report, {"before": self._module, **after}, self._compilation)
 
 
 def _fits(state: Sequence[Tensor], slots: Sequence[Slot]) -> bool:

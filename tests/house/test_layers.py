@@ -17,19 +17,19 @@ FOLDERS = {
 }
 
 LAYERS = [
-    {"errors", "dims", "kernels", "torch_internals"},
+    {"errors", "dims", "kernels", "markup", "torch_internals"},
     {"graph", "grid", "merging", "methods", "attention_rows", "running_softmax"},
     {"axis_rule", "blocks", "capture", "facts", "gates", "incremental", "layout", "options"},
     {"rows", "scenes", "selection", "state"},
     {"gating", "proof", "pruning", "report"},
-    {"partial"},
+    {"partial", "logs"},
     {"patterns"},
     {"passes"},
     {"pipeline", "gated"},
     {"sessions"},
     {"runtime", "streaming", "explain"},
     {"api", "backend"},
-    {"latency"},
+    {"latency", "report_page"},
     {"vision_attention", "visual_cells", "prompts"},
     {"visual_grid"},
     {"visual_tokens"},
@@ -38,6 +38,7 @@ LAYERS = [
     {"vlm_protocol"},
     {"vlm_cost", "visual_choice"},
     {"vision_language"},
+    {"public"},
     {"__init__"},
 ]
 """From the bottom up: a module imports from its own layer or from those below it."""
