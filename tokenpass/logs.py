@@ -22,7 +22,7 @@ log = logging.getLogger("tokenpass")
 def log_compilation(
     report: GraphReport,
     graphs: Mapping[str, fx.GraphModule],
-    compilation: internals.CompileId | None,
+    compilation: internals.Compilation | None,
 ) -> None:
     """Say what was made of a graph.
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.fx.traceback
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 TRIED = ("2.13",)
 
 Compiled = Callable[..., Any]
+
+Compilation: TypeAlias = CompileId
+"""Which compilation of Dynamo something belongs to."""
 
 if not torch.__version__.startswith(TRIED):
     raise TokenpassError(
@@ -235,7 +238,7 @@ def frame_number() -> int | None:
     return compilation.frame_id if compilation else None
 
 
-def compilation_id() -> CompileId | None:
+def compilation_id() -> Compilation | None:
     """The compilation of Dynamo that is running."""
     return CompileContext.current_compile_id()
 
@@ -305,7 +308,7 @@ def original_module(compiled: Any) -> torch.nn.Module | None:
 # ---------------------------------------------------------------- logging (2.13)
 
 
-def trace_artifact(name: str, text: Callable[[], str], compilation: CompileId | None) -> None:
+def trace_artifact(name: str, text: Callable[[], str], compilation: Compilation | None) -> None:
     """A text for ``TORCH_TRACE`` and tlparse, under the compilation that it belongs to.
 
     Args:

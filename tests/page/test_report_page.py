@@ -37,7 +37,7 @@ def test_every_block_and_refusal_is_there(report: Report) -> None:
     text = report._repr_html_()
     body = text.split("<tbody>")[1].split("</tbody>")[0]
     assert body.count("<tr>") == 4
-    assert "<td>16 -&gt; 13</td>" in body or "-&gt;" in body
+    assert "-&gt;" in body
     assert "it &lt;rolls&gt; &amp; rolls" in text
     assert "roll_1" in text
     assert "&lt;model&gt;.py" in text
