@@ -1,7 +1,7 @@
 """The documentation is true: every block of Python runs, every command exists.
 
-Blocks inside of HTML comments are what a page assumes; readers do not see them. The README's are run
-by tests/house/test_readme.py.
+Blocks inside of HTML comments are what a page assumes; readers do not see them. The README's blocks
+are run by tests/house/test_readme.py.
 """
 
 from __future__ import annotations
