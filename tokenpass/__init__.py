@@ -11,6 +11,7 @@ from tokenpass import incremental, kernels, running_softmax
 
 if TYPE_CHECKING:
     from tokenpass.public import *  # noqa: F403
+    from tokenpass.public import __all__ as __all__
 
 __version__ = "0.1.0"
 
@@ -21,21 +22,23 @@ FUNCTIONS = ("backend", "explain", "report")
 """Functions that have the name of the module that they are in."""
 
 
-def __getattr__(name: str) -> Any:
-    """The public names, loaded together the first time: sympy alone takes longer than the rest."""
-    if name.startswith("__") and name != "__all__":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name not in FUNCTIONS and importlib.util.find_spec(f"{__name__}.{name}"):
-        return importlib.import_module(f"{__name__}.{name}")
-    public = importlib.import_module(f"{__name__}.public")
-    globals().update({key: getattr(public, key) for key in public.__all__}, __all__=public.__all__)
-    if name not in globals():
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return globals()[name]
+if not TYPE_CHECKING:  # a type checker knows the names, and that there are no others
 
+    def __getattr__(name: str) -> Any:
+        """A module, or the public names, loaded together: sympy takes longer than the rest."""
+        if name.startswith("__") and name != "__all__":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        if name not in FUNCTIONS and importlib.util.find_spec(f"{__name__}.{name}"):
+            return importlib.import_module(f"{__name__}.{name}")
+        public = importlib.import_module(f"{__name__}.public")
+        names = public.__all__
+        globals().update({key: getattr(public, key) for key in names}, __all__=names)
+        if name not in globals():
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return globals()[name]
 
-def __dir__() -> list[str]:
-    return [*globals(), *__getattr__("__all__")]
+    def __dir__() -> list[str]:
+        return [*globals(), *__getattr__("__all__")]
 
 
 class _Package(types.ModuleType):
