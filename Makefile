@@ -7,7 +7,7 @@ PYTEST := $(BIN)/python -m pytest
 SECONDS ?= 600
 SEED ?= 0
 
-.PHONY: help demo demo-video test quick coverage lint fuzz bench study zoo clean
+.PHONY: help demo demo-video test quick coverage lint docs fuzz bench study zoo clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/	/'
@@ -25,6 +25,10 @@ $(VENV)/demo: $(VENV)/base
 
 $(VENV)/test: $(VENV)/base
 	$(PIP) --editable '.[test,lint,demo,cli]'
+	@touch $@
+
+$(VENV)/docs: $(VENV)/base
+	$(PIP) --editable '.[docs]'
 	@touch $@
 
 $(VENV)/bench: $(VENV)/test
@@ -58,6 +62,9 @@ lint: $(VENV)/test  ## ruff and mypy, strict
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/docs  ## The documentation as a site, warnings as errors (writes site/)
+	$(BIN)/mkdocs build --quiet
+
 bench: $(VENV)/bench  ## Speed, memory and compile time; writes benchmarks/results
 	$(BIN)/python -m benchmarks.run
 
@@ -70,4 +77,4 @@ zoo: $(VENV)/zoo  ## Convert every encoder of the zoo in ZOO and write docs/cove
 	$(BIN)/python -m benchmarks.coverage --zoo $(ZOO)
 
 clean:  ## Remove the environment and everything generated
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .coverage* build dist *.egg-info demo.png demo.mp4
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .coverage* build dist site *.egg-info demo.png demo.mp4

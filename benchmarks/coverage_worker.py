@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import tokenpass
 from tokenpass.errors import TokenpassWarning
 from tokenpass.graph import short_place
-from tokenpass.report import GraphReport, Report
+from tokenpass.report import Report
 
 SEED = 0
 FRAMES = 3
@@ -131,21 +131,12 @@ def _method(model: nn.Module, call: Callable[..., Any], method: Any, inputs: Any
             "attentions": len(report.attentions),
             "mlps": len(report.mlps),
             "blocks": len(report.blocks),
-            "converted": sum(map(converted_blocks, report.graphs)),
+            "converted": sum(graph.changed for graph in report.graphs),
             "share": round(report.flops / max(1, report.flops_before), 4),
             "refusals": _refusals(report),
         }
 
     return _guarded(explained)
-
-
-def converted_blocks(graph: GraphReport) -> int:
-    """Blocks that the method changes: fewer tokens enter or leave, or a gate is in front."""
-    if not graph.converted:
-        return 0
-    return sum(
-        block.updated is not None or block.tokens_out < graph.tokens for block in graph.blocks
-    )
 
 
 def _refusals(report: Report) -> list[list[Any]]:

@@ -120,6 +120,11 @@ def _fresh(function: Callable[..., Any]) -> Callable[..., Any]:
     return types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
 
 
+def fresh_call() -> Callable[..., Any]:
+    """Calls a model with a tuple and a dictionary of inputs; has a code object of its own."""
+    return _fresh(_call)
+
+
 def _outside(
     model: Callable[..., Any],
     args: tuple[Any, ...],

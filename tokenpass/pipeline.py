@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from tokenpass.errors import OptionError, TokenpassWarning
 from tokenpass.facts import Facts
 from tokenpass.graph import expression
 from tokenpass.layout import batch_factors
+from tokenpass.logs import log
 from tokenpass.methods import DEFAULT_KEEP, HiPrune
 from tokenpass.partial import PartialPruning
 from tokenpass.passes.any_tokens import around_any_tokens
@@ -35,8 +35,6 @@ from tokenpass.passes.versions import Versions, decide_versions
 from tokenpass.proof import proof
 from tokenpass.pruning import Pruning
 from tokenpass.report import BlockReport, GraphReport, Refusal
-
-log = logging.getLogger("tokenpass")
 
 
 @dataclass(frozen=True)

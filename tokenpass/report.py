@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -10,6 +11,7 @@ import sympy
 from rich.console import Console
 from rich.table import Table
 
+from tokenpass import markup
 from tokenpass.blocks import Attention, Block, Mlp
 from tokenpass.graph import short_place
 
@@ -53,6 +55,20 @@ class BlockReport:
     tokens_out: int
     updated: int | None = None
 
+    @property
+    def cells(self) -> tuple[str, str, str, str]:
+        """Tokens, kind of attention and MLP, and source line, in words."""
+        tokens = str(self.tokens_in)
+        if self.tokens_out != self.tokens_in:
+            tokens += f" -> {self.tokens_out}"
+        if self.updated is not None:
+            tokens += f", {self.updated} updated"
+        attention = "fused" if self.block.attention.fused else "written out"
+        mlp = self.block.mlp
+        linears = "none" if mlp is None else f"{len(mlp.linears)} linears"
+        gated = ", gated" if mlp is not None and mlp.gated else ""
+        return tokens, attention, linears + gated, short_place(self.block.attention.place)
+
 
 @dataclass(frozen=True)
 class GraphReport:
@@ -86,6 +102,13 @@ class GraphReport:
     tokens: int = 0
     kept: int = 0
     failed: bool = False
+
+    @property
+    def changed(self) -> int:
+        """Blocks that the method changes: fewer tokens leave, or a gate is in front."""
+        if not self.converted:
+            return 0
+        return sum(row.updated is not None or row.tokens_out < self.tokens for row in self.blocks)
 
 
 @dataclass(frozen=True)
@@ -151,6 +174,25 @@ class Report:
         assert isinstance(console.file, io.StringIO)
         return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
 
+    def _repr_html_(self) -> str:
+        """The report in a notebook."""
+        rows = [row for graph in self.graphs for row in graph.blocks]
+        flows = [markup.Flow(row.tokens_in, row.tokens_out, row.updated) for row in rows]
+        proof = [line for graph in self.graphs for line in graph.proof]
+        cells = [(number, *row.cells) for number, row in enumerate(rows, 1)]
+        parts = [f"<style>{markup.STYLE}</style>", f"<p>{markup.text(self._summary())}</p>"]
+        if rows:
+            parts += [
+                markup.flow_figure(flows),
+                markup.table([title for title, *_ in BLOCK_COLUMNS], cells),
+            ]
+        if proof:
+            parts.append(
+                markup.details("How the patch tokens were found", markup.preformatted(proof))
+            )
+        parts += _refusal_details(self.refusals)
+        return f"<div class=tokenpass>{''.join(parts)}</div>"
+
     def _summary(self) -> str:
         share = self.flops / self.flops_before if self.flops_before else 1.0
         state = "converted" if self.converted else "left as it is"
@@ -184,19 +226,19 @@ def _block_table(graph: GraphReport, width: int) -> Table:
     for title, least, ratio in BLOCK_COLUMNS:
         table.add_column(title, min_width=least, ratio=ratio, no_wrap=True, overflow="ellipsis")
     for number, row in enumerate(graph.blocks, 1):
-        tokens = str(row.tokens_in)
-        if row.tokens_out != row.tokens_in:
-            tokens += f" -> {row.tokens_out}"
-        if row.updated is not None:
-            tokens += f", {row.updated} updated"
-        attention = "fused" if row.block.attention.fused else "written out"
-        mlp = row.block.mlp
-        linears = "none" if mlp is None else f"{len(mlp.linears)} linears"
-        gated = ", gated" if mlp is not None and mlp.gated else ""
-        table.add_row(
-            str(number), tokens, attention, linears + gated, short_place(row.block.attention.place)
-        )
+        table.add_row(str(number), *row.cells)
     return table
+
+
+def _refusal_details(refusals: Sequence[Refusal]) -> list[str]:
+    """For each reason what opens to show the nodes at fault and their source lines."""
+    parts = [f"<p>{_count(refusals, 'refusal')}</p>"]
+    for reason, count in Counter(item.reason for item in refusals).items():
+        places = [item for item in refusals if item.reason == reason and item.node + item.stack]
+        lines = [f"{item.node}\n{item.stack.rstrip()}\n" for item in places]
+        body = markup.preformatted(lines) if lines else "<p>No node is at fault.</p>"
+        parts.append(markup.details(reason if count == 1 else f"{reason} ({count} times)", body))
+    return parts
 
 
 def _refusal_table(refusals: Sequence[Refusal], width: int) -> Table:

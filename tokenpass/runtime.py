@@ -17,9 +17,10 @@ from tokenpass import torch_internals as internals
 from tokenpass.budgets import LEAST, for_flops, for_milliseconds
 from tokenpass.cuts import from_outputs
 from tokenpass.errors import TokenpassWarning
+from tokenpass.logs import log_compilation
 from tokenpass.methods import Budget, HiPrune
 from tokenpass.options import Settings
-from tokenpass.pipeline import rewrite, undone
+from tokenpass.pipeline import Rewrite, rewrite, undone
 from tokenpass.report import GraphReport
 from tokenpass.sessions import Graph, Session, register
 from tokenpass.timing import timed
@@ -169,6 +170,7 @@ class CompiledGraph(Graph[Session]):
             self._module, inputs, method, always=always, rewriting=rewriting, record=record
         )
         if result.module is not None and result.plan is not None:
+            self._log(result)
             records = (1 + method.merges) * result.plan.cut_count if record else 0
             try:
                 run = self._inner(result.module, inputs)
@@ -177,8 +179,13 @@ class CompiledGraph(Graph[Session]):
                 if internals.steers_compilation(error):
                     raise
                 result = undone(result, error)
+        self._log(result)
         run = self._inner(self._module, inputs)
         return Variant(run, result.report, False, result.batch)
+
+    def _log(self, result: Rewrite) -> None:
+        after = {"after": result.module} if result.module is not None else {}
+        log_compilation(result.report, {"before": self._module, **after}, self._compilation)
 
     def _inner(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Run:
         return compile_inner(self._settings, module, inputs)

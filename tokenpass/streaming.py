@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import logging
 import threading
 import warnings
 from collections import OrderedDict
@@ -21,6 +20,7 @@ from tokenpass.budgets import for_flops
 from tokenpass.errors import TokenpassError, TokenpassWarning
 from tokenpass.gated import Gated, gate_graph
 from tokenpass.gating import budget
+from tokenpass.logs import log, log_compilation
 from tokenpass.methods import Eventful
 from tokenpass.options import Settings
 from tokenpass.pipeline import failed
@@ -28,8 +28,6 @@ from tokenpass.runtime import Run, compile_inner, warn_of_nothing
 from tokenpass.scenes import SceneWatch
 from tokenpass.sessions import Graph, Session, register, siblings
 from tokenpass.state import Slot, fresh_state
-
-log = logging.getLogger("tokenpass")
 
 Signature = tuple[Any, ...]
 
@@ -334,6 +332,7 @@ class GatedGraph(Graph[StreamSession]):
                 self._method = solved
             gated = gate_graph(self._module, inputs, self._method, always=always)
             if gated.full is not None and gated.incremental is not None:
+                self._log(gated)
                 try:
                     full, incremental = (
                         compile_inner(self._settings, graph.module, graph.inputs, in_order=True)
@@ -345,7 +344,13 @@ class GatedGraph(Graph[StreamSession]):
                         raise
                     gated = Gated(failed(gated.report, error))
             warn_of_nothing(gated.report)
+            self._log(gated)
             return Compiled(gated, compile_inner(self._settings, self._module, inputs), None)
+
+    def _log(self, gated: Gated) -> None:
+        traced = {"full": gated.full, "incremental": gated.incremental}
+        after = {name: graph.module for name, graph in traced.items() if graph is not None}
+        log_compilation(gated.report, {"before": self._module, **after}, self._compilation)
 
 
 def _fits(state: Sequence[Tensor], slots: Sequence[Slot]) -> bool:

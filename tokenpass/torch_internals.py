@@ -1,8 +1,9 @@
 """The one door to private torch APIs.
 
 Everything below was tried on the torch versions in :data:`TRIED`; another version stops the import
-with an error that says so, because a silent change of one of these would be a wrong result. Dynamo
-and Inductor are imported where they are used: they take seconds, and who uses them has them loaded.
+with an error that says so, because a silent change of one of these would be a wrong result. Dynamo,
+Inductor and what imports sympy are imported where they are used: they take long, and who uses them
+has them loaded.
 """
 
 from __future__ import annotations
@@ -11,26 +12,27 @@ import contextlib
 import ctypes
 import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import sympy
 import torch
 import torch.fx.traceback
 from torch import fx
-from torch._guards import CompileContext, TracingContext
+from torch._guards import CompileContext, CompileId, TracingContext
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
-from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._sympy.interp import sympy_interp
-from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from tokenpass.errors import TokenpassError
+
+if TYPE_CHECKING:
+    import sympy
 
 TRIED = ("2.13",)
 
 Compiled = Callable[..., Any]
+
+Compilation: TypeAlias = CompileId
+"""Which compilation of Dynamo something belongs to."""
 
 if not torch.__version__.startswith(TRIED):
     raise TokenpassError(
@@ -106,6 +108,8 @@ def trace(
 
 def symbolic_mode() -> FakeTensorMode:
     """A fake mode in which :func:`symbolic_count` makes sizes; all others are numbers."""
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
     environment = ShapeEnv(specialize_zero_one=False, duck_shape=False)
     return FakeTensorMode(shape_env=environment, allow_non_fake_inputs=True)
 
@@ -125,6 +129,7 @@ def fakes_like(mode: FakeTensorMode, values: Iterable[Any]) -> list[Any]:
 def symbolic_count(mode: FakeTensorMode, hint: int, name: str) -> torch.SymInt:
     """A number that a graph traced under ``mode`` takes as an input, whatever its value."""
     from torch._dynamo.source import ConstantSource
+    from torch.fx.experimental.symbolic_shapes import DimDynamic
 
     environment = mode.shape_env
     assert environment is not None
@@ -135,6 +140,8 @@ def symbolic_count(mode: FakeTensorMode, hint: int, name: str) -> torch.SymInt:
 
 def propagate(module: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode) -> Any:
     """Shapes and dtypes of a graph's outputs, computed anew from fake inputs."""
+    from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
     with mode:
         return FakeTensorProp(module, mode).propagate_dont_convert_inputs(*inputs)
 
@@ -151,6 +158,9 @@ def provenance(node: fx.Node, rule: str) -> Iterator[None]:
 
 def symbolic_size(mode: FakeTensorMode, expression: sympy.Expr) -> int | torch.SymInt:
     """A size as an integer, or as a symbolic integer that a trace under ``mode`` can follow."""
+    from torch.utils._sympy.interp import sympy_interp
+    from torch.utils._sympy.reference import PythonReferenceAnalysis
+
     if expression.is_Integer:
         return int(expression)
     environment = mode.shape_env
@@ -225,8 +235,13 @@ def showing_the_user(kind: type[Exception]) -> Iterator[None]:
 
 def frame_number() -> int | None:
     """Which frame the running compilation is of; compiling a frame anew keeps its number."""
-    compilation = CompileContext.current_compile_id()
+    compilation = compilation_id()
     return compilation.frame_id if compilation else None
+
+
+def compilation_id() -> Compilation | None:
+    """The compilation of Dynamo that is running."""
+    return CompileContext.current_compile_id()
 
 
 def steers_compilation(error: Exception) -> bool:
@@ -306,6 +321,28 @@ def original_module(compiled: Any) -> torch.nn.Module | None:
     if isinstance(compiled, OptimizedModule):
         return compiled._orig_mod
     return compiled if isinstance(compiled, torch.nn.Module) else None
+
+
+# ---------------------------------------------------------------- logging (2.13)
+
+
+def trace_artifact(name: str, text: Callable[[], str], compilation: Compilation | None) -> None:
+    """A text for ``TORCH_TRACE`` and tlparse, under the compilation that it belongs to.
+
+    Args:
+        name: Of the artifact.
+        text: Makes it; not called unless a trace is written.
+        compilation: From :func:`compilation_id`, for what is compiled after Dynamo is done.
+    """
+    from torch._logging import trace_structured
+
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": name, "encoding": "string"},
+        payload_fn=text,
+        compile_id=compilation,
+        expect_trace_id=False,
+    )
 
 
 # ---------------------------------------------------------------- counting (2.13)

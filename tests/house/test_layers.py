@@ -19,14 +19,14 @@ FOLDERS = {
 }
 
 LAYERS = [
-    {"errors", "dims", "kernels", "torch_internals"},
+    {"errors", "dims", "kernels", "markup", "torch_internals"},
     {"config", "cuts", "graph", "grid", "merging", "methods", "timing"},
     {"attention_rows", "native", "running_softmax"},
     {"axis_rule", "blocks", "capture", "facts", "gates", "layout", "options"},
     {"exchange_cost", "incremental"},
     {"rows", "scenes", "selection", "state"},
     {"gating", "proof", "pruning", "report"},
-    {"partial"},
+    {"partial", "logs"},
     {"patterns"},
     {"passes"},
     {"pipeline", "gated"},
@@ -34,7 +34,7 @@ LAYERS = [
     {"sessions"},
     {"runtime", "streaming", "explain"},
     {"api", "backend"},
-    {"latency", "plot"},
+    {"latency", "plot", "report_page"},
     {"vision_attention", "visual_cells", "prompts"},
     {"visual_grid"},
     {"visual_tokens"},
@@ -43,6 +43,7 @@ LAYERS = [
     {"vlm_protocol"},
     {"vlm_cost", "visual_choice"},
     {"vision_language"},
+    {"public"},
     {"__init__"},
     {"cli", "__main__"},
 ]

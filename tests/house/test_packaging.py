@@ -6,14 +6,12 @@ import re
 import subprocess
 import sys
 import tomllib
-import zipfile
 from importlib import metadata
-from pathlib import Path
 
 import pytest
 
 import tokenpass
-from tests.house.test_layers import MODULES, ROOT
+from tests.house.test_layers import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
@@ -27,6 +25,24 @@ def test_entry_point() -> None:
 def test_versions_agree() -> None:
     """Breaks if a release changes one of them only."""
     assert tokenpass.__version__ == PROJECT["version"]
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert re.findall(r"^version: (.*)$", citation, flags=re.MULTILINE) == [PROJECT["version"]]
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    assert re.findall(r"^## (\d.*)$", changes, flags=re.MULTILINE)[0] == PROJECT["version"]
+
+
+def test_citation_and_issue_forms_are_what_their_readers_take() -> None:
+    """Breaks if one of them is no YAML, or lacks what GitHub asks for."""
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
+    for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("[!c]*.yml"):
+        form = yaml.safe_load(path.read_text())
+        assert {"name", "description", "body"} <= form.keys(), path.name
+        for item in form["body"]:
+            assert item["type"] in ("textarea", "input"), path.name
+            assert item["id"], path.name
+            assert item["attributes"]["label"], path.name
 
 
 def test_pins_satisfy_the_ranges() -> None:
@@ -57,20 +73,3 @@ def test_another_torch_is_refused() -> None:
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert found.returncode != 0
     assert re.search(r"torch 2\.13, found 2\.99\.0: install", found.stderr)
-
-
-@pytest.mark.slow
-def test_wheel_holds_all_modules(tmp_path: Path) -> None:
-    """Breaks if passes/ or patterns/ are left out of the package, or tests are put into it."""
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"]
-    subprocess.run(
-        [*command, "--no-build-isolation", "--wheel-dir", tmp_path, ROOT], check=True, text=True
-    )
-    (wheel,) = tmp_path.glob("*.whl")
-    names = set(zipfile.ZipFile(wheel).namelist())
-    for module, path in MODULES.items():
-        parts = module.replace(".", "/")
-        expected = f"{parts}/__init__.py" if path.stem == "__init__" else f"{parts}.py"
-        assert expected in names
-    assert "tokenpass/py.typed" in names
-    assert not any(name.startswith(("tests", "benchmarks", "passes")) for name in names)

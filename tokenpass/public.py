@@ -1,0 +1,67 @@
+"""Everything that ``import tokenpass`` offers; loaded when the first of it is asked for."""
+
+from tokenpass import selectors
+from tokenpass.api import (
+    BlockStats,
+    Stats,
+    cuts,
+    kept,
+    load_state_dict,
+    report,
+    reset,
+    set_budget,
+    state_dict,
+    stats,
+    stream,
+)
+from tokenpass.backend import backend
+from tokenpass.cuts import Cut
+from tokenpass.errors import (
+    BrokenInvariantError,
+    NothingRecordedError,
+    OptionError,
+    TokenpassError,
+    TokenpassWarning,
+)
+from tokenpass.explain import budget_for, explain
+from tokenpass.latency import LatencyTarget
+from tokenpass.methods import Eventful, HiPrune
+from tokenpass.report import Refusal, Report
+from tokenpass.report_page import KeptTokens, html_report, kept_by_budget
+from tokenpass.selection import select
+from tokenpass.vision_language import VisionLanguageModel, vlm
+
+__all__ = [
+    "BlockStats",
+    "BrokenInvariantError",
+    "Cut",
+    "Eventful",
+    "HiPrune",
+    "KeptTokens",
+    "LatencyTarget",
+    "NothingRecordedError",
+    "OptionError",
+    "Refusal",
+    "Report",
+    "Stats",
+    "TokenpassError",
+    "TokenpassWarning",
+    "VisionLanguageModel",
+    "backend",
+    "budget_for",
+    "cuts",
+    "explain",
+    "html_report",
+    "kept",
+    "kept_by_budget",
+    "load_state_dict",
+    "report",
+    "reset",
+    "select",
+    "selectors",
+    "set_budget",
+    "state_dict",
+    "stats",
+    "stream",
+    "vlm",
+]
