@@ -22,6 +22,7 @@ from tokenpass.errors import (
     TokenpassWarning,
 )
 from tokenpass.explain import explain
+from tokenpass.export import rewrite
 from tokenpass.latency import LatencyTarget
 from tokenpass.methods import Eventful, HiPrune
 from tokenpass.report import Refusal, Report
@@ -50,6 +51,7 @@ __all__ = [
     "load_state_dict",
     "report",
     "reset",
+    "rewrite",
     "select",
     "selectors",
     "set_budget",
