@@ -154,6 +154,21 @@ def test_explain_says_the_same_as_of_the_module() -> None:
     assert "4 blocks, 4 attentions, 4 MLPs in 1 graph: converted." in str(of_program)
 
 
+class Casting(tiny.Attention):
+    """Casts that torch.export writes assertions for."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float()).to(x.dtype)
+
+
+def test_assertions_of_dtypes_do_not_hold_on_to_tokens() -> None:
+    """Breaks if values are computed on all tokens because an assertion reads them."""
+    method = HiPrune(keep=0.5, dropped="discard")
+    plain = tokenpass.explain(exported(tiny.encoder(depth=4), 2), method=method)
+    casting = tokenpass.explain(exported(tiny.encoder(Casting, depth=4), 2), method=method)
+    assert casting.flops == plain.flops < plain.flops_before
+
+
 def test_a_program_without_attention_comes_back_as_it_was() -> None:
     """Breaks if nothing is said, or if the program is another one."""
     program = exported(nn.Sequential(nn.Conv2d(3, 4, 2), nn.ReLU()).eval(), 2)

@@ -97,7 +97,11 @@ class Capturing(fx.Interpreter):
         return super().run_node(n)
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        region = export_internals.wrapped_region(target, args, kwargs)
+        again = internals.checkpointed(target, args)
+        if again is not None:
+            body, operands = again
+            return Capturing(body).run(*operands)
+        region = export_internals.wrapped_region(target, args)
         if region is None:
             return super().call_function(target, args, kwargs)
         context, body, operands = region

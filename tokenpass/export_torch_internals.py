@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.export.graph_signature import ExportGraphSignature
 
 
 def wrapped_region(
-    target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    target: Any, args: tuple[Any, ...]
 ) -> tuple[AbstractContextManager[Any], fx.GraphModule, tuple[Any, ...]] | None:
     """What ``torch.export`` wraps a region of autocast or of switched gradients into.
 
