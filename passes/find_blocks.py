@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 
+from tokenpass import reasons
 from tokenpass.blocks import Attention, Block, Found, Mlp, NoMatch, PatchEmbedding
 from tokenpass.dims import Dim
 from tokenpass.facts import Facts
@@ -34,8 +35,8 @@ def find_blocks(facts: Facts) -> Found:
     chosen = max(groups, key=lambda dim: len(groups[dim]))
     for dim, others in groups.items():
         if dim != chosen:
-            reason = "attention over another grid than most of the graph's attentions"
-            misses += [NoMatch(attention.PATTERN, reason, (match.out,)) for match in others]
+            other = reasons.OTHER_GRID
+            misses += [NoMatch(attention.PATTERN, other, (match.out,)) for match in others]
     return _around(facts, Grid(chosen), attentions, groups[chosen], misses)
 
 
@@ -79,16 +80,14 @@ def tokens_of(facts: Facts, match: Attention) -> Dim | NoMatch:
         return NoMatch(attention.PATTERN, keys, (match.softmax, match.key))
     queries = image_part(match.query_dim)
     if isinstance(queries, str):
-        reason = "attention pooling: its queries are no patch tokens"
-        return NoMatch(attention.PATTERN, reason, (match.softmax, match.query))
+        return NoMatch(attention.PATTERN, reasons.POOLING, (match.softmax, match.query))
     if queries != keys:
-        reason = "queries and keys are different tokens (pooled keys, or another image)"
-        return NoMatch(attention.PATTERN, reason, (match.softmax, match.query, match.key))
+        nodes = (match.softmax, match.query, match.key)
+        return NoMatch(attention.PATTERN, reasons.OTHER_KEYS, nodes)
     axes = {factor.axis for factor in keys}
     elsewhere = {
         factor.axis for dim in facts.dims(match.query) if dim != match.query_dim for factor in dim
     }
     if axes & elsewhere:
-        reason = "windowed attention: tokens of one window attend to one another only"
-        return NoMatch(attention.PATTERN, reason, (match.softmax, match.query))
+        return NoMatch(attention.PATTERN, reasons.WINDOWED, (match.softmax, match.query))
     return keys

@@ -42,6 +42,10 @@ def _type_as(x: Tensor, other: Tensor) -> Tensor:
     return x.to(device=other.device, dtype=other.dtype)
 
 
+def _metadata_assertion(x: Tensor, *expected: Any, **named: Any) -> None:
+    """Nothing: the dtype is what tracing has just found, and it would hold on to all tokens."""
+
+
 OTHER_NAMES = (
     aten.absolute,
     aten.adjoint,
@@ -98,6 +102,7 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     aten.alpha_dropout.default: _dropout,
     aten.to.dtype: _cast,
     aten.to.device: _cast_and_move,
+    aten._assert_tensor_metadata.default: _metadata_assertion,
     **_compositions(),
     **FAST_PATH,
 }

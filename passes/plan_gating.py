@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from torch import fx
 
+from tokenpass import reasons
 from tokenpass.blocks import Attention, Found, NoMatch
 from tokenpass.facts import Facts, multiply_adds
 from tokenpass.gating import GatedAttention, Gating, Region, gateable
@@ -43,7 +44,8 @@ def plan_gating(
     if not always:
         regions = [region for region in regions if _pays(facts, region)]
     if not regions:
-        return NoMatch(PATTERN, "no linear layer treats every token alone", ())
+        attentions = tuple(match.softmax for match in found.attentions)
+        return NoMatch(PATTERN, reasons.NO_TOKEN_WISE, attentions)
     updated, misses = _attentions(facts, found.attentions, regions, constants, method)
     gated = {node for region in regions for node in region.nodes}
     return Gating(
@@ -86,12 +88,12 @@ def _attentions(
     for match in attentions:
         number = _region_of(match, regions)
         if number is None:
-            reason = "queries, keys and values do not come out of one gate: attention stays dense"
+            reason = reasons.dense(reasons.SEVERAL_GATES)
             misses.append(NoMatch(PATTERN, reason, (match.softmax,)))
             continue
         reason = _why_dense(facts, match, regions[number], varying, method.attention)
         if reason:
-            misses.append(NoMatch(PATTERN, f"{reason}: attention stays dense", (match.softmax,)))
+            misses.append(NoMatch(PATTERN, reasons.dense(reason), (match.softmax,)))
         else:
             updated.append(GatedAttention(match, number, method.attention))
     return updated, misses
@@ -111,11 +113,11 @@ def _why_dense(
     dims = [facts.dims(node) for node in (match.query, match.key, match.value)]
     within = all(match.key_dim in own for own in dims) and match.query_dim == match.key_dim
     if not within or set(own_digits((match.key_dim,), layout.axes) or ()) != set(layout.tokens):
-        return "attention in windows, or over other tokens than the gate's"
+        return reasons.OTHER_TOKENS
     if facts.dims(match.value)[-2:-1] != (match.key_dim,):
-        return "the values do not lie as rows of keys"
+        return reasons.VALUES_LIE
     if mode == "delta":
         return ""
     if any(mask.node in varying for mask in match.masks):
-        return "its bias depends on the input"
-    return "" if match.plain else "its scores cannot be recomputed from queries and keys alone"
+        return reasons.VARYING_BIAS
+    return "" if match.plain else reasons.NOT_PLAIN

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import sympy
 from torch import fx
 
+from tokenpass import reasons
 from tokenpass.blocks import Block, NoMatch
 from tokenpass.dims import Size, concat_axis
 from tokenpass.errors import OptionError
@@ -44,7 +45,8 @@ def plan_partial(
     """
     reason = _not_asked_for(method)
     if reason:
-        return NoMatch(PATTERN, reason, ())
+        attentions = tuple(block.attention.softmax for block in around.blocks)
+        return NoMatch(PATTERN, reason, attentions)
     groups: dict[tuple[object, object], list[Region]] = {}
     for region in around.regions:
         key = (frozenset(region.layout.batch), frozenset(region.layout.tokens))
@@ -60,18 +62,19 @@ def plan_partial(
     plans = [_Planner(context, group, around.blocks).plan() for group in largest_first]
     made = [plan for plan in plans if isinstance(plan, PartialPruning)]
     if made or not plans:
-        return made or NoMatch(PATTERN, "no linear layer treats every patch token alone", ())
+        attentions = tuple(block.attention.softmax for block in around.blocks)
+        return made or NoMatch(PATTERN, reasons.NO_PATCH_WISE, attentions)
     return next(plan for plan in plans if isinstance(plan, NoMatch))
 
 
 def _not_asked_for(method: HiPrune) -> str:
     """What a method asks for that needs every attention without the tokens that left."""
     if method.where == "output":
-        return 'where="output" needs an attention among all patch tokens that ranks them'
+        return reasons.PARTLY_OUTPUT
     if not method.restores:
-        return 'output="pruned" needs every attention of the encoder among all patch tokens'
+        return reasons.PARTLY_PRUNED
     if method.ranking == "class":
-        return 'ranking="class" needs an attention among all patch tokens and a class token'
+        return reasons.PARTLY_CLASS
     return ""
 
 
@@ -133,7 +136,7 @@ class _Planner:
         if isinstance(shape, str):
             return NoMatch(PATTERN, shape, (first,))
         if not self.blocks:
-            return NoMatch(PATTERN, "no block runs over these tokens", (first,))
+            return NoMatch(PATTERN, reasons.NO_BLOCK_HERE, (first,))
         patches = self.layout.count - len(self.fixed)
         try:
             check_layers(self.method, len(self.blocks))
@@ -148,11 +151,10 @@ class _Planner:
         stream = [*(cut.at for cut in cuts), *(block.out for block in self.blocks)]
         pinned = [node for node in stream if node in self.context.written]
         if pinned:
-            return NoMatch(PATTERN, "the stream is written into in place", tuple(pinned))
+            return NoMatch(PATTERN, reasons.WRITTEN, tuple(pinned))
         chosen = self._behind(cuts)
         if not chosen:
-            reason = "no linear layer treats every token alone behind the first cut"
-            return NoMatch(PATTERN, reason, (cuts[0].at,))
+            return NoMatch(PATTERN, reasons.NOTHING_BEHIND, (cuts[0].at,))
         return PartialPruning(
             self.method, self.layout, self.fixed, shape, cuts, chosen, self.blocks
         )
@@ -195,7 +197,7 @@ def _grid_shape(layout: RowLayout) -> tuple[int, ...] | str:
     if isinstance(patches, str):
         return patches
     if concat_axis(layout.tokens) is None and concat_axis(patches) is not None:
-        return "the patch tokens do not lie in one piece"
+        return reasons.NOT_ONE_PIECE
     sizes = tuple(int(factor.size) for factor in patches)
     return sizes if len(sizes) in (2, 3) else (1, math.prod(sizes))
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import fx
 
+from tokenpass import reasons
 from tokenpass import torch_internals as internals
 from tokenpass.blocks import Attention, Block, Found, NoMatch
 from tokenpass.dims import Size
@@ -40,11 +41,12 @@ def plan_pruning(
         OptionError: If the method names a block that the model does not have.
     """
     if found.grid is None or not found.over_grid:
-        return NoMatch(PATTERN, "no attention among patch tokens was found", ())
+        any_attention = tuple(match.softmax for match in found.attentions)
+        return NoMatch(PATTERN, reasons.NO_ATTENTION, any_attention)
     blocks = found.blocks
     if not blocks:
         nodes = tuple(match.out for match in found.over_grid)
-        return NoMatch(PATTERN, "no block around the attention was recognised", nodes)
+        return NoMatch(PATTERN, reasons.NO_BLOCK, nodes)
     check_layers(method, len(blocks))
     if method.where == "output":
         return _output_pruning(facts, found, found.grid, method, extent)
@@ -172,31 +174,26 @@ def _why_not(
     for block in blocks:
         dims = facts.dims(block.out)
         if len(grid.carried_in(dims)) != 1 or grid.shredded_in(dims):
-            reason = "the stream after the block does not carry its tokens along one dimension"
-            return NoMatch(PATTERN, reason, (block.out,))
+            return NoMatch(PATTERN, reasons.NO_STREAM, (block.out,))
         factors = batch_factors(dims, grid)
         if batch is not None and set(batch) != set(factors):
-            return NoMatch(PATTERN, "the batch changes between the cuts", (block.out,))
+            return NoMatch(PATTERN, reasons.OTHER_BATCH, (block.out,))
         batch = factors
     if ranking == "class" and grid.layout(grid.token_unit(anchors.key_dim))[0] is None:
-        reason = "ranking by a class token: no prefix token comes before the patch tokens"
-        return NoMatch(PATTERN, reason, (anchors.softmax,))
+        return NoMatch(PATTERN, reasons.NO_CLASS_TOKEN, (anchors.softmax,))
     written = written_values(facts.graph)
     for block in found.blocks:
         if block.out in written:
-            reason = "the stream is written into in place"
-            return NoMatch(PATTERN, reason, (block.out,))
+            return NoMatch(PATTERN, reasons.WRITTEN, (block.out,))
     for attention in found.attentions:
         node = _second_thought(facts, grid, attention)
         if node is not None:
-            reason = "attention probabilities see one another again before they meet the values"
-            return NoMatch(PATTERN, reason, (node,))
+            return NoMatch(PATTERN, reasons.MIXED_MAPS, (node,))
     for attention in (anchors, *(block.attention for block in blocks)):
         for node in (attention.query, attention.key):
             dims = facts.dims(node)
             if len(grid.carried_in(dims)) != 1 or set(batch_factors(dims, grid)) != set(
                 batch or ()
             ):
-                reason = "queries or keys do not carry batch and tokens as the stream does"
-                return NoMatch(PATTERN, reason, (node,))
+                return NoMatch(PATTERN, reasons.OTHER_QUERIES, (node,))
     return None

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
+from tokenpass import reasons
 from tokenpass.blocks import Attention, Mask, NoMatch
 from tokenpass.dims import Dim, axes_of
 from tokenpass.facts import Facts, What
@@ -47,8 +48,7 @@ def find_attentions(facts: Facts) -> Iterator[Attention | NoMatch]:
 def _fused(facts: Facts, node: fx.Node) -> Attention | NoMatch:
     given = arguments(node)
     if given["is_causal"]:
-        reason = "causal attention: the order of the tokens matters, so none can leave"
-        return NoMatch(PATTERN, reason, (node,))
+        return NoMatch(PATTERN, reasons.CAUSAL, (node,))
     query, scale, mask = given["query"], given["scale"], given["attn_mask"]
     width = tensor_of(query).shape[-1]
     seen_key = facts.effects[node].seen[1]
@@ -75,8 +75,7 @@ def _written_out(facts: Facts, node: fx.Node) -> Attention | NoMatch:
         return product
     path, out, value = product
     if not _sums_over(facts, node, place, path, out):
-        reason = "the product with values sums over another dimension than the softmax ran along"
-        return NoMatch(PATTERN, reason, (node, out))
+        return NoMatch(PATTERN, reasons.OTHER_SUM, (node, out))
     scores = trace_scores(facts, node, place, value)
     if isinstance(scores, NoMatch):
         return scores
@@ -118,8 +117,7 @@ def _product_with_values(
                     return path, user, others[-1]
         carrying = [user for user in users if _keeps(facts, user, axis)]
         if not carrying:
-            reason = "the axis of the softmax is not summed over in a product with values"
-            return NoMatch(PATTERN, reason, (softmax, *users[:1]))
+            return NoMatch(PATTERN, reasons.NO_SUM, (softmax, *users[:1]))
         current = carrying[0]
         path.append(current)
 

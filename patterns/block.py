@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from tokenpass import reasons
 from tokenpass.blocks import Attention, Block, Mlp, NoMatch, Residual
 from tokenpass.graph import depends
 
@@ -60,8 +61,7 @@ def find_blocks(
             alone.append(Block((attention,), (), ()))
             continue
         if residual is None:
-            reason = "the attention is not added to the stream it was computed from"
-            misses.append(NoMatch(PATTERN, reason, (attention.out,)))
+            misses.append(NoMatch(PATTERN, reasons.NOT_ADDED, (attention.out,)))
             continue
         at.setdefault(residual.out, _Open()).attentions.append(attention)
     for mlp in mlps:

@@ -7,6 +7,7 @@ which they lie along one dimension.
 
 from __future__ import annotations
 
+from tokenpass import reasons
 from tokenpass.blocks import NoMatch, PatchEmbedding
 from tokenpass.facts import Facts
 from tokenpass.graph import unique
@@ -22,4 +23,4 @@ def find_embedding(facts: Facts, grid: Grid) -> PatchEmbedding | NoMatch:
         outs = facts.effects[node].outs
         if outs and grid.carried_in(outs[0]):
             return PatchEmbedding(node, makers)
-    return NoMatch(PATTERN, "image positions never lie along one dimension", makers)
+    return NoMatch(PATTERN, reasons.NO_ONE_DIMENSION, makers)

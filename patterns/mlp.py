@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import fx
 
+from tokenpass import reasons
 from tokenpass.blocks import Mlp, NoMatch
 from tokenpass.dims import is_data
 from tokenpass.facts import Facts, What
@@ -105,7 +106,7 @@ def _match(
         if node in stream or what not in (What.POINTWISE, What.VIEW, What.NORM):
             mixes = what is What.MIX and not tokens.made_by(node, facts.dims(node))
             if mixes or _projects_tokens(facts, tokens, node):
-                return NoMatch(PATTERN, "tokens see each other between its layers", (down, node))
+                return NoMatch(PATTERN, reasons.MIXED_INSIDE, (down, node))
             return None
         between.append(node)
         stack += _data_operands(facts, node)
@@ -116,7 +117,7 @@ def _match(
         if facts.effects[n].what is What.POINTWISE and n.target not in LINEAR_STEPS
     ]
     if not nonlinear and not products:
-        return NoMatch(PATTERN, "no nonlinearity between two linear layers", (down, *ups))
+        return NoMatch(PATTERN, reasons.LINEAR_ONLY, (down, *ups))
     ups.sort(key=order.__getitem__)
     return Mlp(_data_operand(facts, ups[0]), (*ups, down), bool(products) and len(ups) > 1)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import fx
 
+from tokenpass import reasons
 from tokenpass.blocks import Mask, NoMatch
 from tokenpass.dims import Dim, Dims, Factor, is_data
 from tokenpass.facts import Facts, What
@@ -68,7 +69,7 @@ def trace_scores(facts: Facts, softmax: fx.Node, place: int, value: fx.Node) -> 
     """Find queries and keys of the attention whose softmax runs along dimension ``place``."""
     dims = facts.dims(softmax)
     if not dims[place]:
-        return NoMatch(PATTERN, "the softmax runs over a single key", (softmax,))
+        return NoMatch(PATTERN, reasons.SINGLE_KEY, (softmax,))
     factor = dims[place][0]
     walk = _Walk(operands(softmax)[0], factor, count_of(dims[:place], factor))
     return _followed(facts, walk, softmax, value)
@@ -91,19 +92,16 @@ def _followed(facts: Facts, walk: _Walk, softmax: fx.Node, value: fx.Node) -> Sc
         elif effect.what is What.POINTWISE:
             ways = _through_pointwise(facts, walk)
             if not ways:
-                return NoMatch(PATTERN, "no operand carries the scores", (walk.node, softmax))
+                return NoMatch(PATTERN, reasons.NO_CARRIER, (walk.node, softmax))
             if len(ways) > 1:
                 first = _followed(facts, ways[0], softmax, value)
                 return first or _followed(facts, ways[1], softmax, value) or first
             (walk,) = ways
         elif effect.what is What.VIEW and len(operands(walk.node)) == 1:
             if not _through_view(facts, walk):
-                return NoMatch(
-                    PATTERN, "a reshape hides the axis of the keys", (walk.node, softmax)
-                )
+                return NoMatch(PATTERN, reasons.HIDDEN_KEYS, (walk.node, softmax))
         else:
-            reason = "no product of queries and keys leads to the softmax"
-            return NoMatch(PATTERN, reason, (softmax, walk.node))
+            return NoMatch(PATTERN, reasons.NO_PRODUCT, (softmax, walk.node))
 
 
 def count_of(dims: Dims, factor: Factor) -> int:
@@ -157,8 +155,7 @@ def _projected(facts: Facts, walk: _Walk, value: fx.Node) -> NoMatch | None:
             walk.plain = False
             walk.node = data[0]
             return None
-    reason = "the scores are a projection of the tokens, no product of queries and keys"
-    return NoMatch(PATTERN, reason, (node,))
+    return NoMatch(PATTERN, reasons.PROJECTED, (node,))
 
 
 def _added_in_product(walk: _Walk, place: int) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from tokenpass.analysis import Analysis, analyse
 from tokenpass.blocks import Found
 from tokenpass.facts import Effect, Facts
-from tokenpass.pipeline import Analysis, analyse
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ class NoMatch:
 
     Attributes:
         pattern: The pattern that came nearest.
-        reason: The condition that failed.
+        reason: The condition that failed; see :mod:`tokenpass.reasons`.
         nodes: The nodes at fault, the first one first.
     """
 

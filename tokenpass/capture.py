@@ -1,4 +1,4 @@
-"""Dynamo's graph as a canonical ATen graph.
+"""A graph of Dynamo or of ``torch.export`` as a canonical ATen graph.
 
 The graph is traced again at the level of composite operators (``linear``, ``layer_norm``,
 ``scaled_dot_product_attention``): still differentiable, still before autocast. The many spellings
@@ -18,6 +18,7 @@ import torch
 from torch import fx
 from torch._subclasses import FakeTensorMode
 
+from tokenpass import export_torch_internals as export_internals
 from tokenpass import torch_internals as internals
 
 REGION = "tokenpass_region"
@@ -40,16 +41,48 @@ class Captured:
         constants: Placeholders that are parameters or buffers of the model.
         inputs: Fakes of the graph's inputs.
         mode: The fake mode that they live in.
+        fixable: Whether sizes that are symbolic may be fixed to those at hand.
     """
 
     module: fx.GraphModule
     constants: frozenset[fx.Node]
     inputs: tuple[Any, ...]
     mode: FakeTensorMode
+    fixable: bool
 
 
-class _Capturing(fx.Interpreter):
-    """Runs Dynamo's graph, entering its autocast regions for real."""
+@dataclass(frozen=True)
+class GraphInputs:
+    """What a graph is traced again on.
+
+    Attributes:
+        fakes: One for each placeholder, all in ``mode``.
+        constants: Which of them are parameters or buffers of the model.
+        mode: A fake mode.
+        fixable: Whether sizes that are symbolic may be fixed to those at hand.
+    """
+
+    fakes: tuple[Any, ...]
+    constants: frozenset[int]
+    mode: FakeTensorMode
+    fixable: bool
+
+
+def dynamo_inputs(module: fx.GraphModule, values: Sequence[Any]) -> GraphInputs:
+    """The inputs of Dynamo's graph, from its example inputs."""
+    mode = internals.current_fake_mode()
+    placeholders = module.graph.find_nodes(op="placeholder")
+    pairs = enumerate(zip(placeholders, values, strict=True))
+    return GraphInputs(
+        tuple(internals.fake_inputs(mode, placeholders, values)),
+        frozenset(i for i, (node, value) in pairs if internals.is_model_state(node, value)),
+        mode,
+        fixable=True,
+    )
+
+
+class Capturing(fx.Interpreter):
+    """Runs a graph, entering its regions of autocast and of switched gradients for real."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
@@ -63,32 +96,37 @@ class _Capturing(fx.Interpreter):
             return self._entered.pop(n.args[0]).__exit__(None, None, None)  # type: ignore[arg-type]
         return super().run_node(n)
 
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        again = internals.checkpointed(target, args)
+        if again is not None:
+            body, operands = again
+            return Capturing(body).run(*operands)
+        region = export_internals.wrapped_region(target, args)
+        if region is None:
+            return super().call_function(target, args, kwargs)
+        context, body, operands = region
+        with context:
+            return Capturing(body).run(*operands)
+
 
 def capture(
     module: fx.GraphModule,
-    values: Sequence[Any],
+    inputs: GraphInputs,
     decompositions: Mapping[Any, Callable[..., Any]],
 ) -> Captured:
-    """Trace Dynamo's graph again.
+    """Trace a graph again.
 
     Args:
-        module: The graph that Dynamo hands to a backend.
-        values: Its example inputs.
+        module: The graph, from Dynamo or from ``torch.export``.
+        inputs: What it is traced on.
         decompositions: Operators to be replaced while tracing.
     """
-    mode = internals.current_fake_mode()
-    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
-    inputs = internals.fake_inputs(mode, placeholders, values)
-    traced = internals.trace(_Capturing(module).run, inputs, mode, decompositions)
-    traced_placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
-    constants = frozenset(
-        node
-        for node, old, value in zip(traced_placeholders, placeholders, values, strict=True)
-        if internals.is_model_state(old, value)
-    )
+    traced = internals.trace(Capturing(module).run, inputs.fakes, inputs.mode, decompositions)
+    placeholders = traced.graph.find_nodes(op="placeholder")
+    constants = frozenset(placeholders[number] for number in inputs.constants)
     _mark_regions(traced.graph)
     traced.recompile()
-    return Captured(traced, constants, tuple(inputs), mode)
+    return Captured(traced, constants, inputs.fakes, inputs.mode, inputs.fixable)
 
 
 def _mark_regions(graph: fx.Graph) -> None:

@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.export import ExportedProgram
 
 from tokenpass import torch_internals as internals
 from tokenpass.budgets import for_flops
 from tokenpass.errors import OptionError, TokenpassError
+from tokenpass.export import planned
 from tokenpass.gated import gate_graph
 from tokenpass.methods import Eventful, HiPrune, Method
 from tokenpass.pipeline import rewrite
@@ -20,14 +22,19 @@ from tokenpass.report import GraphReport, Refusal, Report
 
 
 def explain(
-    model: Callable[..., Any], *args: Any, method: Method | None = None, **kwargs: Any
+    model: Callable[..., Any] | ExportedProgram,
+    *args: Any,
+    method: Method | None = None,
+    **kwargs: Any,
 ) -> Report:
     """Plan a method on a model; compile nothing.
 
-    The model runs once with the given inputs, in eager mode, so that Dynamo can trace it.
+    The model runs once with the given inputs, in eager mode, so that Dynamo can trace it; an
+    exported program does not run.
 
     Args:
-        model: A module or a function; a compiled one is explained as it was before.
+        model: A module or a function; a compiled one is explained as it was before. Or a program
+            of ``torch.export``, which has its example inputs.
         *args: Its inputs.
         method: What to plan; default ``HiPrune()``.
         **kwargs: More inputs.
@@ -39,6 +46,8 @@ def explain(
         OptionError: If the method does not fit the model.
         TokenpassError: If Dynamo captures no graph at all.
     """
+    if isinstance(model, ExportedProgram):
+        return Report([planned(model, method)])
     wanted = method or HiPrune()
     wanted.check_applicable()
     target = internals.original_module(model) or model
@@ -147,6 +156,7 @@ def _outside(
     return [
         Refusal(
             f"{missing} of {counter.attentions} attentions ran outside of the {len(graphs)} graphs "
-            "that Dynamo captured: remove the graph breaks (TORCH_LOGS=graph_breaks shows them)"
+            "that Dynamo captured",
+            hint="remove the graph breaks: TORCH_LOGS=graph_breaks shows them",
         )
     ]

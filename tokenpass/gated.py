@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx
 
 from tokenpass import torch_internals as internals
+from tokenpass.analysis import Analysis, Inputs, analyse
 from tokenpass.blocks import NoMatch
 from tokenpass.errors import OptionError
 from tokenpass.gating import Gating, gateable, passing, passing_counts
@@ -17,7 +18,7 @@ from tokenpass.passes.check import check_gated
 from tokenpass.passes.gate import Traced, gate, state_of
 from tokenpass.passes.gate_cost import Operations, gated_cost, operations, update_symbols
 from tokenpass.passes.plan_gating import plan_gating
-from tokenpass.pipeline import Analysis, analyse, base_report, failed, refusal_of, refused
+from tokenpass.pipeline import base_report, failed, refusal_of, refused
 from tokenpass.report import BlockReport, GraphReport
 from tokenpass.state import Slot
 
@@ -94,7 +95,7 @@ def gate_planner(
 
 def gate_graph(
     module: fx.GraphModule,
-    inputs: Sequence[Any],
+    inputs: Inputs,
     method: Eventful,
     *,
     always: bool,

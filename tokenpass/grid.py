@@ -9,6 +9,7 @@ from typing import Protocol
 import sympy
 from torch import fx
 
+from tokenpass import reasons
 from tokenpass.dims import (
     Axis,
     Dim,
@@ -182,24 +183,22 @@ def image_part(dim: Dim) -> Dim | str:
     if len(spatial) == 1:
         return spatial[0]
     if len(spatial) > 1:
-        return f"{len(spatial)} grids of image positions lie end to end in one token axis"
+        return reasons.several_grids(len(spatial))
     return _why_not_spatial(max(axis.parts, key=lambda part: (is_data(part), len(part))))
 
 
 def _why_not_spatial(dim: Dim) -> str:
     """Empty if the positions of ``dim`` are positions of an image."""
     if not dim or not is_data(dim):
-        return "no token comes from the input"
+        return reasons.NO_TOKENS
     for factor in dim:
         if factor.axis.kind is Kind.SPATIAL:
             continue
         node = factor.axis.node.name if factor.axis.node else "the input"
         if factor.axis.kind is Kind.OPAQUE:
-            return (
-                f"the token axis comes out of {node}, which the axis analysis does not understand"
-            )
+            return reasons.not_understood(node)
         if factor.axis.kind is not Kind.INPUT:
-            return f"the token axis is a {factor.axis.kind.value} made by {node}"
+            return reasons.not_of_an_image(factor.axis.kind.value, node)
         if len(dim) == 1 and same(factor.size, factor.axis.size):
-            return f"the token axis arrives from outside the graph as one dimension of {node}"
+            return reasons.from_outside(node)
     return ""

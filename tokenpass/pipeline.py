@@ -5,73 +5,30 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import fx
 
 from tokenpass import torch_internals as internals
-from tokenpass.blocks import Block, Found, NoMatch
-from tokenpass.capture import Captured, capture
-from tokenpass.dims import Size
+from tokenpass.analysis import Analysis, Inputs, analyse, for_these_sizes
+from tokenpass.blocks import Block, NoMatch
 from tokenpass.errors import OptionError, TokenpassWarning
-from tokenpass.facts import Facts
 from tokenpass.graph import expression
-from tokenpass.layout import batch_factors
 from tokenpass.logs import log
 from tokenpass.methods import DEFAULT_KEEP, HiPrune
 from tokenpass.partial import PartialPruning
 from tokenpass.passes.any_tokens import around_any_tokens
 from tokenpass.passes.check import check_rewrite, check_same_outputs
 from tokenpass.passes.cost import cost_after, cost_before, evaluate
-from tokenpass.passes.find_blocks import find_blocks
-from tokenpass.passes.functionalise import functionalise, written_values
-from tokenpass.passes.label_axes import label_axes
-from tokenpass.passes.normalise import DECOMPOSITIONS
+from tokenpass.passes.functionalise import written_values
 from tokenpass.passes.plan_partial import partial_cost, partial_flops, plan_partial
-from tokenpass.passes.plan_pruning import plan_pruning
+from tokenpass.passes.plan_pruning import PATTERN, plan_pruning
 from tokenpass.passes.prune import prune
 from tokenpass.passes.prune_partly import prune_partly
 from tokenpass.passes.versions import Versions, decide_versions
 from tokenpass.proof import proof
 from tokenpass.pruning import Pruning
+from tokenpass.reasons import BATCH_OF_ANY_SIZE, GRID_OF_ANY_SIZE, does_not_pay, hint_of
 from tokenpass.report import BlockReport, GraphReport, Refusal
-
-
-@dataclass(frozen=True)
-class Analysis:
-    """One graph, understood.
-
-    Attributes:
-        captured: The canonical graph.
-        facts: Its axes.
-        found: What the patterns found.
-    """
-
-    captured: Captured
-    facts: Facts
-    found: Found
-
-    def extent(self, size: Size) -> Any:
-        """A size as an integer of the running compilation."""
-        return internals.symbolic_size(self.captured.mode, size)
-
-    def batch_inputs(self) -> tuple[tuple[int, int], ...]:
-        """Where the number of images can be read: pairs of input and dimension."""
-        found, facts = self.found, self.facts
-        if found.grid is None or not found.blocks:
-            return ()
-        inputs = [node for node in facts.graph.nodes if node.op == "placeholder"]
-        pairs: list[tuple[int, int]] = []
-        for factor in batch_factors(facts.dims(found.blocks[0].out), found.grid):
-            node = factor.axis.node
-            if node is not None and node in inputs:
-                places = [p for p, dim in enumerate(facts.dims(node)) if factor in dim]
-                pairs += [(inputs.index(node), place) for place in places]
-        return tuple(pairs)
-
-    def hint(self, size: Size) -> int:
-        """A size as the number that it has for the inputs at hand."""
-        return internals.size_hint(self.captured.mode, size)
 
 
 @dataclass(frozen=True)
@@ -91,31 +48,6 @@ class Rewrite:
     batch: tuple[tuple[int, int], ...] = ()
 
 
-def analyse(module: fx.GraphModule, inputs: Sequence[Any], *, rewriting: bool = True) -> Analysis:
-    """Capture, normalise, label the axes, find the blocks.
-
-    A graph that will be rewritten is compiled for the grid at hand (the batch may stay symbolic):
-    budgets are shares of its tokens, and symbolic ones would end up in every guard.
-    """
-    analysis = _analyse(module, inputs)
-    if not rewriting or analysis.found.grid is None:
-        return analysis
-    symbols = analysis.found.grid.count.free_symbols
-    if not symbols:
-        return analysis
-    internals.specialise(analysis.captured.inputs, symbols)
-    return _analyse(module, inputs)
-
-
-def _analyse(module: fx.GraphModule, inputs: Sequence[Any]) -> Analysis:
-    captured = capture(module, inputs, DECOMPOSITIONS)
-    functionalise(captured.module.graph, captured.mode)
-    captured.module.graph.eliminate_dead_code()
-    captured.module.recompile()
-    facts = label_axes(captured.module.graph, captured.constants)
-    return Analysis(captured, facts, find_blocks(facts))
-
-
 def plan(analysis: Analysis, method: HiPrune, *, always: bool) -> Rewrite:
     """Decide what to do and predict its cost; rewrite nothing.
 
@@ -126,6 +58,9 @@ def plan(analysis: Analysis, method: HiPrune, *, always: bool) -> Rewrite:
     """
     facts, found = analysis.facts, analysis.found
     report = base_report(analysis)
+    if analysis.sizes_open:
+        nodes = () if found.embedding is None else (found.embedding.out,)
+        return _left(report, refusal_of(NoMatch(PATTERN, GRID_OF_ANY_SIZE, nodes)))
     decided = plan_pruning(facts, found, method, analysis.extent, analysis.hint)
     if isinstance(decided, NoMatch):
         return _left(report, refusal_of(decided))
@@ -163,8 +98,9 @@ def _with_costs(
     counts = {v: analysis.hint(decided.count(v)) for v in range(len(decided.stages) + 1)}
     flops = evaluate(cost, counts, analysis.hint)
     if decided.method.where == "encoder" and flops >= report.flops_before and not always:
-        reason = f"pruning would not pay: {flops} FLOPs instead of {report.flops_before}"
-        return _left(report, Refusal(reason))
+        reason = does_not_pay(flops, report.flops_before)
+        at = tuple(stage.at for stage in decided.stages if stage.at is not None)
+        return _left(report, refusal_of(NoMatch(PATTERN, reason, at)))
     report = replace(
         report,
         converted=True,
@@ -185,16 +121,6 @@ def _needs_all_tokens(analysis: Analysis) -> bool:
     return bool(found.attentions) and 2 * len(found.over_grid) < len(found.attentions)
 
 
-def _for_these_sizes(analysis: Analysis, module: fx.GraphModule, inputs: Sequence[Any]) -> Analysis:
-    """The analysis of a graph in which every size, the batch too, is the number that it has now."""
-    sizes = [x for value in analysis.captured.inputs for x in internals.symbolic_sizes(value)]
-    symbols = {symbol for size in sizes for symbol in expression(size).free_symbols}
-    if not symbols:
-        return analysis
-    internals.specialise(analysis.captured.inputs, symbols)
-    return _analyse(module, inputs)
-
-
 def plan_partly(analysis: Analysis, method: HiPrune, *, always: bool) -> Rewrite:
     """As :func:`plan`, where tokens leave the token-wise parts only; all sizes are numbers."""
     facts, found = analysis.facts, analysis.found
@@ -207,8 +133,9 @@ def plan_partly(analysis: Analysis, method: HiPrune, *, always: bool) -> Rewrite
     decided = min(plans, key=lambda plan: partial_flops(facts, plan))
     flops = partial_flops(facts, decided)
     if flops >= report.flops_before and not always:
-        reason = f"pruning would not pay: {flops} FLOPs instead of {report.flops_before}"
-        return _left(report, Refusal(reason))
+        reason = does_not_pay(flops, report.flops_before)
+        at = tuple(cut.at for cut in decided.cuts)
+        return _left(report, refusal_of(NoMatch(PATTERN, reason, at)))
     changed = replace(
         report,
         converted=True,
@@ -284,14 +211,15 @@ def refused(report: GraphReport, refusal: Refusal) -> GraphReport:
 
 def refusal_of(miss: NoMatch) -> Refusal:
     """A failed match in the words of the report."""
-    first = miss.nodes[0] if miss.nodes else None
-    stack = (first.meta.get("stack_trace") or "") if first is not None else ""
-    return Refusal(f"{miss.pattern}: {miss.reason}", first.name if first is not None else "", stack)
+    name = miss.nodes[0].name if miss.nodes else ""
+    stacks = (node.meta.get("stack_trace") for node in miss.nodes)
+    stack = next((stack for stack in stacks if stack), "")
+    return Refusal(f"{miss.pattern}: {miss.reason}", name, stack, hint_of(miss.reason))
 
 
 def rewrite(
     module: fx.GraphModule,
-    inputs: Sequence[Any],
+    inputs: Inputs,
     method: HiPrune,
     *,
     always: bool,
@@ -336,13 +264,16 @@ def _with_partial(
     planned: Rewrite,
     method: HiPrune,
     module: fx.GraphModule,
-    inputs: Sequence[Any],
+    inputs: Inputs,
     always: bool,
 ) -> tuple[Analysis, Rewrite]:
     """``planned``, or the partial pruning that can be made where it cannot, or saves less."""
     if not _needs_all_tokens(analysis) and _could_be_made(analysis, planned, method, always):
         return analysis, planned
-    numbers = _for_these_sizes(analysis, module, inputs)
+    numbers = for_these_sizes(analysis, module, inputs)
+    if numbers is None:
+        why = refusal_of(NoMatch(PATTERN, BATCH_OF_ANY_SIZE, ()))
+        return analysis, replace(planned, report=refused(planned.report, why))
     partly = replace(plan_partly(numbers, method, always=always), batch=numbers.batch_inputs())
     if partly.plan is None:
         if planned.plan is None:

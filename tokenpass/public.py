@@ -24,6 +24,7 @@ from tokenpass.errors import (
     TokenpassWarning,
 )
 from tokenpass.explain import budget_for, explain
+from tokenpass.export import rewrite
 from tokenpass.latency import LatencyTarget
 from tokenpass.methods import Eventful, HiPrune
 from tokenpass.report import Refusal, Report
@@ -57,6 +58,7 @@ __all__ = [
     "load_state_dict",
     "report",
     "reset",
+    "rewrite",
     "select",
     "selectors",
     "set_budget",

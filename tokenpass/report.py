@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import sympy
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from tokenpass import markup
 from tokenpass.blocks import Attention, Block, Mlp
@@ -26,11 +27,13 @@ class Refusal:
         reason: Why.
         node: Name of the node at fault, empty if there is none.
         stack: The user's source lines that the node was traced from, innermost last.
+        hint: The change to the model or the call that would help, where there is one.
     """
 
     reason: str
     node: str = ""
     stack: str = ""
+    hint: str = ""
 
     @property
     def place(self) -> str:
@@ -246,6 +249,11 @@ def _refusal_table(refusals: Sequence[Refusal], width: int) -> Table:
     table.add_column("left alone", ratio=6)
     table.add_column("node", ratio=2, no_wrap=True, overflow="ellipsis")
     table.add_column("from", ratio=4, no_wrap=True, overflow="ellipsis")
+    alike: dict[tuple[str, str], list[Refusal]] = {}
     for item in refusals:
-        table.add_row(item.reason, item.node, short_place(item.place))
+        alike.setdefault((item.reason, item.hint), []).append(item)
+    for (reason, hint), items in alike.items():
+        more = f", +{len(items) - 1}" if len(items) > 1 else ""
+        what = f"{reason}\n  -> {hint}" if hint else reason
+        table.add_row(Text(what), items[0].node + more, short_place(items[0].place))
     return table

@@ -9,6 +9,7 @@ has them loaded.
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
 import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -213,6 +214,30 @@ def is_exit_autocast(target: Any) -> bool:
 
 def is_set_grad(target: Any) -> bool:
     return target is torch._C._set_grad_enabled
+
+
+def checkpointed(
+    target: Any, args: tuple[Any, ...]
+) -> tuple[fx.GraphModule, tuple[Any, ...]] | None:
+    """The graph inside a region of activation checkpointing, and its inputs.
+
+    Its nodes, and what is traced from them, are marked to be computed again in the backward pass,
+    which partitioners of joint graphs read. ``None`` if the call is no such region, or if a policy
+    of the user's chooses what is kept.
+    """
+    if target is not torch.ops.higher_order.tag_activation_checkpoint:
+        return None
+    from torch._higher_order_ops.wrap import uid
+    from torch.utils.checkpoint import CheckpointPolicy
+
+    body, *operands = args
+    if "_checkpoint_context_fn" in body.meta:
+        return None
+    marked = fx.GraphModule(body, copy.deepcopy(body.graph))
+    number = next(uid)
+    for node in marked.graph.nodes:
+        node.meta |= {"recompute": CheckpointPolicy.PREFER_RECOMPUTE, "ac_graph_id": number}
+    return marked, tuple(operands)
 
 
 # ---------------------------------------------------------------- backends (2.13)

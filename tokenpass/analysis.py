@@ -1,0 +1,108 @@
+"""What is known of a graph before anything is decided."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from tokenpass import torch_internals as internals
+from tokenpass.blocks import Found
+from tokenpass.capture import Captured, GraphInputs, capture, dynamo_inputs
+from tokenpass.dims import Size
+from tokenpass.facts import Facts
+from tokenpass.graph import expression
+from tokenpass.layout import batch_factors
+from tokenpass.passes.find_blocks import find_blocks
+from tokenpass.passes.functionalise import functionalise
+from tokenpass.passes.label_axes import label_axes
+from tokenpass.passes.normalise import DECOMPOSITIONS
+
+Inputs = Sequence[Any] | GraphInputs
+"""Example inputs of Dynamo's graph, or what another graph is traced again on."""
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """One graph, understood.
+
+    Attributes:
+        captured: The canonical graph.
+        facts: Its axes.
+        found: What the patterns found.
+    """
+
+    captured: Captured
+    facts: Facts
+    found: Found
+
+    def extent(self, size: Size) -> Any:
+        """A size as an integer of the running compilation."""
+        return internals.symbolic_size(self.captured.mode, size)
+
+    @property
+    def sizes_open(self) -> bool:
+        """Whether the sizes of the grid, which decide the budget, are not known and stay so."""
+        grid = self.found.grid
+        return not self.captured.fixable and grid is not None and bool(grid.count.free_symbols)
+
+    def batch_inputs(self) -> tuple[tuple[int, int], ...]:
+        """Where the number of images can be read: pairs of input and dimension."""
+        found, facts = self.found, self.facts
+        if found.grid is None or not found.blocks:
+            return ()
+        inputs = [node for node in facts.graph.nodes if node.op == "placeholder"]
+        pairs: list[tuple[int, int]] = []
+        for factor in batch_factors(facts.dims(found.blocks[0].out), found.grid):
+            node = factor.axis.node
+            if node is not None and node in inputs:
+                places = [p for p, dim in enumerate(facts.dims(node)) if factor in dim]
+                pairs += [(inputs.index(node), place) for place in places]
+        return tuple(pairs)
+
+    def hint(self, size: Size) -> int:
+        """A size as the number that it has for the inputs at hand."""
+        return internals.size_hint(self.captured.mode, size)
+
+
+def analyse(module: fx.GraphModule, inputs: Inputs, *, rewriting: bool = True) -> Analysis:
+    """Capture, normalise, label the axes, find the blocks.
+
+    A graph that will be rewritten is compiled for the grid at hand (the batch may stay symbolic):
+    budgets are shares of its tokens, and symbolic ones would end up in every guard.
+    """
+    analysis = _analyse(module, inputs)
+    if not rewriting or analysis.found.grid is None or not analysis.captured.fixable:
+        return analysis
+    symbols = analysis.found.grid.count.free_symbols
+    if not symbols:
+        return analysis
+    internals.specialise(analysis.captured.inputs, symbols)
+    return _analyse(module, inputs)
+
+
+def _analyse(module: fx.GraphModule, inputs: Inputs) -> Analysis:
+    held = inputs if isinstance(inputs, GraphInputs) else dynamo_inputs(module, inputs)
+    captured = capture(module, held, DECOMPOSITIONS)
+    functionalise(captured.module.graph, captured.mode)
+    captured.module.graph.eliminate_dead_code()
+    captured.module.recompile()
+    facts = label_axes(captured.module.graph, captured.constants)
+    return Analysis(captured, facts, find_blocks(facts))
+
+
+def for_these_sizes(analysis: Analysis, module: fx.GraphModule, inputs: Inputs) -> Analysis | None:
+    """The analysis of a graph in which every size, the batch too, is the number that it has now.
+
+    ``None`` where sizes must stay symbolic.
+    """
+    sizes = [x for value in analysis.captured.inputs for x in internals.symbolic_sizes(value)]
+    symbols = {symbol for size in sizes for symbol in expression(size).free_symbols}
+    if not symbols:
+        return analysis
+    if not analysis.captured.fixable:
+        return None
+    internals.specialise(analysis.captured.inputs, symbols)
+    return _analyse(module, inputs)
