@@ -19,6 +19,7 @@ from torch import fx
 from torch._subclasses import FakeTensorMode
 
 from tokenpass import torch_internals as internals
+from tokenpass.flex import without_flex_attention
 
 REGION = "tokenpass_region"
 
@@ -75,11 +76,15 @@ def capture(
         module: The graph that Dynamo hands to a backend.
         values: Its example inputs.
         decompositions: Operators to be replaced while tracing.
+
+    Raises:
+        NotUnderstoodError: If the graph holds what cannot be traced again.
     """
     mode = internals.current_fake_mode()
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
     inputs = internals.fake_inputs(mode, placeholders, values)
-    traced = internals.trace(_Capturing(module).run, inputs, mode, decompositions)
+    run = _Capturing(without_flex_attention(module)).run
+    traced = internals.trace(run, inputs, mode, decompositions)
     traced_placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
     constants = frozenset(
         node

@@ -14,7 +14,7 @@ from tokenpass import torch_internals as internals
 from tokenpass.blocks import Block, Found, NoMatch
 from tokenpass.capture import Captured, capture
 from tokenpass.dims import Size
-from tokenpass.errors import OptionError, TokenpassWarning
+from tokenpass.errors import NotUnderstoodError, OptionError, TokenpassWarning
 from tokenpass.facts import Facts
 from tokenpass.graph import expression
 from tokenpass.layout import batch_factors
@@ -364,7 +364,12 @@ def _rewritten(analysis: Analysis, decided: Pruning | PartialPruning) -> fx.Grap
 
 
 def undone(planned: Rewrite, error: Exception) -> Rewrite:
-    """The original graph instead of a rewrite that failed, with one warning and a refusal."""
+    """The original graph instead of a rewrite that failed, with one warning and a refusal.
+
+    A graph that cannot be understood is a refusal alone.
+    """
+    if isinstance(error, NotUnderstoodError):
+        return Rewrite(None, None, refused(planned.report, Refusal(str(error))), planned.batch)
     return Rewrite(None, None, failed(planned.report, error), planned.batch)
 
 

@@ -204,6 +204,10 @@ def is_set_grad(target: Any) -> bool:
     return target is torch._C._set_grad_enabled
 
 
+def is_flex_attention(target: Any) -> bool:
+    return target is torch.ops.higher_order.flex_attention
+
+
 # ---------------------------------------------------------------- backends (2.13)
 
 
@@ -233,6 +237,13 @@ def steers_compilation(error: Exception) -> bool:
     from torch._dynamo.exc import RestartAnalysis, SkipFrame
 
     return isinstance(error, (RestartAnalysis, SkipFrame))
+
+
+def is_failure_of_dynamo(error: Exception) -> bool:
+    """Whether Dynamo itself failed while it traced, which it does with any backend."""
+    from torch._dynamo.exc import InternalTorchDynamoError
+
+    return isinstance(error, InternalTorchDynamoError)
 
 
 def backend_names() -> list[str]:

@@ -18,7 +18,7 @@ FOLDERS = {
 
 LAYERS = [
     {"errors", "dims", "kernels", "torch_internals"},
-    {"graph", "grid", "merging", "methods", "attention_rows", "running_softmax"},
+    {"flex", "graph", "grid", "merging", "methods", "attention_rows", "running_softmax"},
     {"axis_rule", "blocks", "capture", "facts", "gates", "incremental", "layout", "options"},
     {"rows", "scenes", "selection", "state"},
     {"gating", "proof", "pruning", "report"},
