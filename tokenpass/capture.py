@@ -20,6 +20,7 @@ from torch._subclasses import FakeTensorMode
 
 from tokenpass import export_torch_internals as export_internals
 from tokenpass import torch_internals as internals
+from tokenpass.flex import without_flex_attention
 
 REGION = "tokenpass_region"
 
@@ -120,8 +121,12 @@ def capture(
         module: The graph, from Dynamo or from ``torch.export``.
         inputs: What it is traced on.
         decompositions: Operators to be replaced while tracing.
+
+    Raises:
+        NotUnderstoodError: If the graph holds what cannot be traced again.
     """
-    traced = internals.trace(Capturing(module).run, inputs.fakes, inputs.mode, decompositions)
+    run = Capturing(without_flex_attention(module)).run
+    traced = internals.trace(run, inputs.fakes, inputs.mode, decompositions)
     placeholders = traced.graph.find_nodes(op="placeholder")
     constants = frozenset(placeholders[number] for number in inputs.constants)
     _mark_regions(traced.graph)

@@ -13,6 +13,10 @@ class BrokenInvariantError(TokenpassError):
     """A pass produced a graph that its own checks reject; the rewrite is undone."""
 
 
+class NotUnderstoodError(TokenpassError):
+    """A graph holds something that cannot be traced again; it is left as it is, with a refusal."""
+
+
 class NothingRecordedError(TokenpassError, RuntimeError):
     """Asked about a compiled model that has not run yet, or that tokenpass did not compile."""
 

@@ -11,7 +11,7 @@ from torch import fx
 from tokenpass import torch_internals as internals
 from tokenpass.analysis import Analysis, Inputs, analyse
 from tokenpass.blocks import NoMatch
-from tokenpass.errors import OptionError
+from tokenpass.errors import NotUnderstoodError, OptionError
 from tokenpass.gating import Gating, gateable, passing, passing_counts
 from tokenpass.methods import Eventful
 from tokenpass.passes.check import check_gated
@@ -19,7 +19,7 @@ from tokenpass.passes.gate import Traced, gate, state_of
 from tokenpass.passes.gate_cost import Operations, gated_cost, operations, update_symbols
 from tokenpass.passes.plan_gating import plan_gating
 from tokenpass.pipeline import base_report, failed, refusal_of, refused
-from tokenpass.report import BlockReport, GraphReport
+from tokenpass.report import BlockReport, GraphReport, Refusal
 from tokenpass.state import Slot
 
 
@@ -128,5 +128,7 @@ def gate_graph(
     except Exception as error:
         if isinstance(error, OptionError) or internals.steers_compilation(error):
             raise
+        if isinstance(error, NotUnderstoodError):
+            return Gated(refused(planned.report, Refusal(str(error))))
         return Gated(failed(planned.report, error))
     return replace(planned, full=full, incremental=incremental, slots=slots)

@@ -11,7 +11,7 @@ from torch import fx
 from tokenpass import torch_internals as internals
 from tokenpass.analysis import Analysis, Inputs, analyse, for_these_sizes
 from tokenpass.blocks import Block, NoMatch
-from tokenpass.errors import OptionError, TokenpassWarning
+from tokenpass.errors import NotUnderstoodError, OptionError, TokenpassWarning
 from tokenpass.graph import expression
 from tokenpass.logs import log
 from tokenpass.methods import DEFAULT_KEEP, HiPrune
@@ -301,7 +301,12 @@ def _rewritten(
 
 
 def undone(planned: Rewrite, error: Exception) -> Rewrite:
-    """The original graph instead of a rewrite that failed, with one warning and a refusal."""
+    """The original graph instead of a rewrite that failed, with one warning and a refusal.
+
+    A graph that cannot be understood is a refusal alone.
+    """
+    if isinstance(error, NotUnderstoodError):
+        return Rewrite(None, None, refused(planned.report, Refusal(str(error))), planned.batch)
     return Rewrite(None, None, failed(planned.report, error), planned.batch)
 
 

@@ -240,6 +240,10 @@ def checkpointed(
     return marked, tuple(operands)
 
 
+def is_flex_attention(target: Any) -> bool:
+    return target is torch.ops.higher_order.flex_attention
+
+
 # ---------------------------------------------------------------- backends (2.13)
 
 
@@ -274,6 +278,13 @@ def steers_compilation(error: Exception) -> bool:
     from torch._dynamo.exc import RestartAnalysis, SkipFrame
 
     return isinstance(error, (RestartAnalysis, SkipFrame))
+
+
+def is_failure_of_dynamo(error: Exception) -> bool:
+    """Whether Dynamo itself failed while it traced, which it does with any backend."""
+    from torch._dynamo.exc import InternalTorchDynamoError
+
+    return isinstance(error, InternalTorchDynamoError)
 
 
 def backend_names() -> list[str]:

@@ -21,7 +21,7 @@ FOLDERS = {
 LAYERS = [
     {"errors", "reasons", "dims", "kernels", "markup", "plain_kernels"},
     {"torch_internals", "export_torch_internals"},
-    {"config", "cuts", "graph", "grid", "merging", "methods", "timing"},
+    {"config", "cuts", "flex", "graph", "grid", "merging", "methods", "timing"},
     {"attention_rows", "native", "running_softmax"},
     {"axis_rule", "blocks", "capture", "facts", "gates", "layout", "options"},
     {"exchange_cost", "incremental"},
