@@ -152,6 +152,8 @@ def _cut_output(encoded: Encoded, kept: list[Tensor], features: list[Tensor]) ->
             made[name] = cut(encoded.output[name])
     if not isinstance(encoded.output["pooler_output"], Tensor):
         made["pooler_output"] = features
+    elif encoded.output["pooler_output"].dim() == 2:
+        (made["pooler_output"],) = features
     elif len({len(rows) for rows in features}) == 1:
         made["pooler_output"] = torch.stack(features)
     else:

@@ -362,8 +362,10 @@ def _counts(output: Any) -> tuple[int, ...]:
 
 
 def images_of(output: Any) -> list[Tensor]:
-    """The visual tokens of each image, ``(M, D)``, in what a path returned."""
+    """The visual tokens of each image, ``(M, D)``, in what a path returned; or of all in one."""
     found = getattr(output, "pooler_output", None)
+    if isinstance(found, Tensor) and found.dim() == 2:
+        return [found]
     if isinstance(found, Tensor) and found.dim() == 3:
         return list(found)
     if isinstance(found, (list, tuple)) and all(
@@ -372,7 +374,7 @@ def images_of(output: Any) -> list[Tensor]:
         return list(found)
     shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
     raise TokenpassError(
-        "the image features must be (images, tokens, width), or a list of (tokens, width), in "
+        "the image features must be (images, tokens, width), (tokens, width) or a list of such in "
         f"pooler_output; found {shape}"
     )
 

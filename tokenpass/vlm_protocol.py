@@ -113,6 +113,12 @@ def _modalities(model: Any) -> Iterator[Modality]:
             for p in inspect.signature(run).parameters.values()
             if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
         ]
+        taken = {n for m in (model, base) for n in inspect.signature(m.forward).parameters}
+        if given[0] not in taken:
+            raise OptionError(
+                f"{type(model).__name__}.forward takes no {given[0]}, as get_{name}_features does: "
+                "there is no telling which of its arguments holds the pixels"
+            )
         encoder = VisualEncoder(base, f"get_{name}_features", _patch_size(model.config))
         yield Modality(name, encoder, given[0], tuple(given), int(placeholder))
 
