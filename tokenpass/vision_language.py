@@ -54,7 +54,7 @@ class VisionLanguageModel(Answering):
         self._selector = selector
         self._positions = positions
         self._protocol: Protocol = protocol_of(model)
-        self._compiled = None
+        self._compiled: CompiledPrefill | None = None
         if inner is not None:
             self._compiled = CompiledPrefill(model, self._protocol.decoder, inner)
         self._continued: weakref.WeakKeyDictionary[Any, Continued] = weakref.WeakKeyDictionary()
