@@ -14,7 +14,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-LIBRARIES = ("torch", "timm", "numpy", "tokenpass")
+LIBRARIES = ("torch", "timm", "transformers", "numpy", "tokenpass")
 
 # Several budgets of one model are compiled side by side: more than Dynamo allows by default before
 # it silently runs the rest in eager mode.

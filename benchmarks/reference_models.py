@@ -15,17 +15,22 @@ from examples import saliency
 _DECLARED: list[torch.library.Library] = []
 
 
-def create(name: str, **options: Any) -> nn.Module:
-    """A model of timm, in eval mode.
+def declare_operators() -> None:
+    """Let torchvision be imported, which timm and transformers do.
 
-    timm imports torchvision, whose wheels are built for CUDA: with a CPU build of torch its
-    operators are missing, and two of them have to be declared before it can be imported.
+    Its wheels are built for CUDA: with a CPU build of torch its operators are missing, and two of
+    them have to be declared first.
     """
     if "torchvision" not in sys.modules and not hasattr(torch.ops.torchvision, "nms"):
         library = torch.library.Library("torchvision", "DEF")
         for operator in ("nms", "qnms"):
             library.define(f"{operator}(Tensor dets, Tensor scores, float threshold) -> Tensor")
         _DECLARED.append(library)
+
+
+def create(name: str, **options: Any) -> nn.Module:
+    """A model of timm, in eval mode."""
+    declare_operators()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import timm

@@ -8,8 +8,6 @@ if a quirk is lost from the compatible rules or comes back into the strict one.
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,22 +17,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import tokenpass
+from tests import recorded_clip
+from tests.recorded_clip import DATA, recorded
 from tests.references.published import published
 from tests.zoo import relative_error
 from tokenpass import HiPrune, OptionError
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "oracle" / "hiprune"
 LLAVA_GRID = (24, 24)
 MERGE = 2
 """Patches along each side of a token of Qwen2.5-VL."""
 
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason=f"no recorded selections at {DATA}")
-
-
-def recorded(name: str) -> list[dict[str, Any]]:
-    path = DATA / f"{name}_cases.json"
-    found: list[dict[str, Any]] = json.loads(path.read_text())["cases"] if path.is_file() else []
-    return found
 
 
 def each(name: str) -> pytest.MarkDecorator:
@@ -220,21 +213,8 @@ class Tower(nn.Module):
 
     def __init__(self, data: dict[str, Tensor]) -> None:
         super().__init__()
-        config = transformers.CLIPVisionConfig(
-            hidden_size=48,
-            intermediate_size=96,
-            num_hidden_layers=8,
-            num_attention_heads=4,
-            image_size=336,
-            patch_size=14,
-            hidden_act="quick_gelu",
-        )
-        prefix = "model.vision_model."
-        weights = {
-            name.removeprefix(prefix): x for name, x in data.items() if name.startswith(prefix)
-        }
-        self.encoder = transformers.CLIPVisionModel(config).eval()
-        self.encoder.load_state_dict(weights)
+        self.encoder = transformers.CLIPVisionModel(recorded_clip.config()).eval()
+        self.encoder.load_state_dict(recorded_clip.weights(data))
 
     def forward(self, pixels: Tensor) -> Tensor:
         states = self.encoder(pixels, output_hidden_states=True).hidden_states
@@ -244,11 +224,6 @@ class Tower(nn.Module):
 SELECT_LAYER = -2
 DEEP_LAYER = 7
 """The block, counted from 1, whose output is ``hidden_states[-2]`` of eight blocks."""
-
-
-def pixels(case: dict[str, Any], data: dict[str, Tensor]) -> Tensor:
-    first, stop = case["images"]
-    return (data["pixels_uint8"][first:stop] / 255 - 0.5) * 6
 
 
 @pytest.mark.slow
@@ -272,7 +247,7 @@ def test_compiled_tower(case: dict[str, Any], clip: dict[str, Tensor]) -> None:
     assert tokenpass.select(method, first, deep, LLAVA_GRID).tolist() == wanted
     fast: Any = torch.compile(Tower(clip), backend=tokenpass.backend(method, inner="eager"))
     with torch.no_grad():
-        found = fast(pixels(case, clip))
+        found = fast(recorded_clip.pixels(case, clip))
     assert tokenpass.kept(fast).tolist() == wanted
     features = clip[f"features_{batch}"]
     expected = torch.stack([row[kept] for row, kept in zip(features, wanted, strict=True)])

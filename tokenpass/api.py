@@ -6,11 +6,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, overload
 
 from torch import Tensor
 
 from tokenpass import torch_internals as internals
+from tokenpass.answering import Answering
 from tokenpass.cuts import Cut
 from tokenpass.errors import NothingRecordedError, OptionError
 from tokenpass.methods import Budget, HiPrune, Method, check_budget, check_threshold
@@ -57,18 +58,29 @@ class Stats:
         return self.flops_before - self.flops
 
 
-def kept(compiled: Any) -> Tensor:
+@overload
+def kept(compiled: Answering) -> list[Tensor]: ...
+
+
+@overload
+def kept(compiled: Any) -> Tensor: ...
+
+
+def kept(compiled: Any) -> Tensor | list[Tensor]:
     """Patch tokens that survived the last call.
 
     Args:
-        compiled: What ``torch.compile(..., backend="tokenpass")`` returned.
+        compiled: What ``torch.compile(..., backend="tokenpass")`` or ``tokenpass.vlm`` returned.
 
     Returns:
-        ``(batch, kept)``, int64: positions on the grid, ascending.
+        ``(batch, kept)``, int64: positions on the grid, ascending. Of a vision-language model, for
+        each image the visual tokens that stayed, ``(kept,)``.
 
     Raises:
         NothingRecordedError: If the model has not run, or has no patch tokens.
     """
+    if isinstance(compiled, Answering):
+        return compiled.kept()
     found = [session.kept for session in _last_call(compiled) if session.kept is not None]
     if not found:
         raise NothingRecordedError(
@@ -103,12 +115,28 @@ def report(compiled: Any) -> Report:
     return Report(_reports(compiled))
 
 
-def stats(compiled: Any) -> Stats:
+@overload
+def stats(compiled: Answering) -> Any: ...
+
+
+@overload
+def stats(compiled: Any) -> Stats: ...
+
+
+def stats(compiled: Any) -> Any:
     """Tokens at each block and FLOPs of the last call.
+
+    Args:
+        compiled: What ``torch.compile(..., backend="tokenpass")`` or ``tokenpass.vlm`` returned.
+
+    Returns:
+        :class:`Stats`; of a vision-language model :class:`tokenpass.vlm_cost.PromptStats`.
 
     Raises:
         NothingRecordedError: If the model has not run.
     """
+    if isinstance(compiled, Answering):
+        return compiled.stats()
     sessions = _last_call(compiled)
     reports = [session.report for session in sessions if session.report is not None]
     frames = [s.last.frame for s in sessions if isinstance(s, StreamSession) and s.last is not None]
@@ -142,7 +170,8 @@ def set_budget(
     of gates is a number which the compiled graph takes.
 
     Args:
-        compiled: What ``torch.compile(..., backend="tokenpass")`` returned; has run before.
+        compiled: What ``torch.compile(..., backend="tokenpass")`` returned, after a first call; or
+            what ``tokenpass.vlm`` returned.
         keep: Share of the patch tokens (float) or their number (int).
         threshold: Norm of a change that passes a gate; for models compiled with a threshold.
 
@@ -156,6 +185,11 @@ def set_budget(
     if keep is not None:
         check_budget("keep", keep)
     check_threshold(threshold)
+    if isinstance(compiled, Answering):
+        if keep is None or threshold is not None:
+            raise OptionError("threshold: pruning has no threshold; pass keep")
+        compiled.set_budget(keep)
+        return
     sessions = _sessions(compiled)
     for graph, _ in sessions:
         _check_kind(graph.method, keep, threshold)
@@ -227,6 +261,9 @@ def reset(compiled: Any) -> None:
     Raises:
         NothingRecordedError: If the model has not run.
     """
+    if isinstance(compiled, Answering):
+        compiled.reset()
+        return
     for _, session in _sessions(compiled):
         session.forget()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -70,6 +71,28 @@ def cut_prompts(
         shift = (torch.arange(length, device=prompts.device) + counts[:, None]) % max(1, length)
         order, real = order.gather(1, shift), real.gather(1, shift)
     return Cut(order, real)
+
+
+def runs_of(prompts: Tensor, placeholder: int, counts: Sequence[int]) -> list[list[int]]:
+    """Lengths of the unbroken runs of placeholders that each of some entries fills; none of 0.
+
+    Args:
+        prompts: ``(B, L)``.
+        placeholder: Its id.
+        counts: Placeholders of each entry, in reading order. If there are others than these in the
+            prompts, every entry is one run; :func:`cut_prompts` will refuse it.
+    """
+    rows, columns = (prompts == placeholder).nonzero(as_tuple=True)
+    if len(rows) != sum(counts):
+        return [[count] for count in counts]
+    broken = (rows[1:] != rows[:-1]) | (columns[1:] != columns[:-1] + 1)
+    runs, start = [], 0
+    for count in counts:
+        ends = broken[start : start + max(0, count - 1)].nonzero().squeeze(1) + 1
+        edges = [0, *ends.tolist(), *[count] * (count > 0)]
+        runs.append([b - a for a, b in pairwise(edges)])
+        start += count
+    return runs
 
 
 def _without_padding(prompts: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, bool]:

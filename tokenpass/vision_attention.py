@@ -52,6 +52,25 @@ class Layer:
         return tuple(self.shapes)
 
 
+@dataclass(frozen=True)
+class Call:
+    """One call of a module behind a probe.
+
+    Attributes:
+        module: Which.
+        inputs: Its positional arguments, or ``None`` where there were others.
+        output: What it returned.
+        attends: Whether attention was computed inside.
+        behind: Whether it began after the probed layer ran.
+    """
+
+    module: nn.Module
+    inputs: tuple[Any, ...] | None
+    output: Any
+    attends: bool
+    behind: bool
+
+
 def sequence_lengths(layout: Iterable[tuple[int, int]]) -> list[int]:
     """Tokens of each sequence of a layer whose calls have shapes ``(B, N)``."""
     return [tokens for rows, tokens in layout for _ in range(rows)]
@@ -63,21 +82,27 @@ class AttentionWatch(TorchFunctionMode):
     Args:
         scored: Numbers of the layers whose attention is scored.
         probed: Number of the layer whose outputs become starting points of gradients.
+
+    Attributes:
+        layers: By module, in the order of first calls.
+        calls: Calls of modules that ended after the probed layer ran, in this order.
     """
 
     def __init__(self, scored: Sequence[int] = (), probed: int | None = None) -> None:
         super().__init__()
         self.layers: dict[nn.Module | None, Layer] = {}
+        self.calls: list[Call] = []
+        self._attended = 0
         self._scored = frozenset(scored)
         self._probed = probed
-        self._inside: list[nn.Module] = []
+        self._inside: list[tuple[nn.Module, int, bool]] = []
         self._thread = threading.get_ident()
         self._hooks: list[Any] = []
 
     def __enter__(self) -> AttentionWatch:
         self._hooks = [
             modules.register_module_forward_pre_hook(self._entered),
-            modules.register_module_forward_hook(self._left, always_call=True),
+            modules.register_module_forward_hook(self._left, with_kwargs=True, always_call=True),
         ]
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
@@ -87,13 +112,27 @@ class AttentionWatch(TorchFunctionMode):
         for hook in self._hooks:
             hook.remove()
 
+    @property
+    def sorted_layers(self) -> list[Layer]:
+        """The layers by their numbers."""
+        return list(self.layers.values())
+
     def _entered(self, module: nn.Module, args: object) -> None:
         if threading.get_ident() == self._thread:
-            self._inside.append(module)
+            self._inside.append((module, self._attended, self._probing))
 
-    def _left(self, module: nn.Module, args: object, output: object) -> None:
+    def _left(self, module: nn.Module, args: Any, *rest: Any) -> None:
+        """``rest`` are keyword arguments and output; the latter alone after an exception."""
         if threading.get_ident() == self._thread and self._inside:
-            self._inside.pop()
+            _, before, behind = self._inside.pop()
+            if self._probing:
+                inputs = args if len(rest) == 2 and not rest[0] else None
+                attends = self._attended > before
+                self.calls.append(Call(module, inputs, rest[-1], attends, behind))
+
+    @property
+    def _probing(self) -> bool:
+        return any(layer.outputs for layer in self.layers.values())
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -107,7 +146,8 @@ class AttentionWatch(TorchFunctionMode):
 
     def _layer(self, queries: Tensor, keys: int) -> tuple[Layer, int]:
         """The layer of a call and its number; ``queries`` is ``(B, h, Nq, ...)``."""
-        owner = self._inside[-1] if self._inside else None
+        owner = self._inside[-1][0] if self._inside else None
+        self._attended += 1
         layer = self.layers.setdefault(owner, Layer())
         layer.shapes.append((queries.shape[0], queries.shape[2]))
         layer.crossed |= queries.shape[2] != keys

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from tokenpass.answering import Answering
 from tokenpass.errors import NothingRecordedError, OptionError
 from tokenpass.methods import Budget, HiPrune, check_budget, check_choice
 from tokenpass.prompts import Cut, cut_arguments, cut_prompts
 from tokenpass.visual_choice import Chosen, choose
 from tokenpass.visual_tokens import Selector
+from tokenpass.vlm_caches import Continued
+from tokenpass.vlm_compiled import CompiledPrefill
 from tokenpass.vlm_cost import PromptStats, prompt_stats
 from tokenpass.vlm_protocol import (
     PRECOMPUTED,
@@ -27,23 +29,11 @@ from tokenpass.vlm_protocol import (
 Positions = Literal["original", "compact"]
 
 
-@dataclass
-class _Continued:
-    """How a prompt whose cache is at hand goes on.
-
-    Attributes:
-        cut: What was taken out of it.
-        length: Tokens of the full prompt.
-        next: Position of the next token, ``(..., B, 1)``; ``None`` where the model counts itself.
-    """
-
-    cut: Cut
-    length: int
-    next: Tensor | None
-
-
-class VisionLanguageModel:
+class VisionLanguageModel(Answering):
     """Used like the model that it holds: what it does not define itself is the model's.
+
+    :func:`tokenpass.kept`, :func:`tokenpass.stats`, :func:`tokenpass.set_budget` and
+    :func:`tokenpass.reset` take it as they take a compiled model.
 
     Attributes:
         model: The original, unchanged.
@@ -56,13 +46,18 @@ class VisionLanguageModel:
         method: HiPrune,
         selector: Selector | None,
         positions: Positions,
+        inner: str | Callable[..., Any] | None = None,
     ) -> None:
         self.model = model
         self.method = method
+        self._given_method = method
         self._selector = selector
         self._positions = positions
         self._protocol: Protocol = protocol_of(model)
-        self._continued: weakref.WeakKeyDictionary[Any, _Continued] = weakref.WeakKeyDictionary()
+        self._compiled: CompiledPrefill | None = None
+        if inner is not None:
+            self._compiled = CompiledPrefill(model, self._protocol.decoder, inner)
+        self._continued: weakref.WeakKeyDictionary[Any, Continued] = weakref.WeakKeyDictionary()
         self._last: tuple[list[Chosen], PromptStats] | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -97,6 +92,17 @@ class VisionLanguageModel:
         """
         return self._recorded()[1]
 
+    def reset(self) -> None:
+        """Forget earlier calls and what was found out about the encoders; the budget goes back.
+
+        Caches of earlier calls are not continued any more.
+        """
+        self.method = self._given_method
+        self._continued.clear()
+        self._last = None
+        for modality in self._protocol.modalities:
+            modality.encoder.forget()
+
     def _recorded(self) -> tuple[list[Chosen], PromptStats]:
         if self._last is None:
             raise NothingRecordedError("no call with visual inputs yet: call the model first")
@@ -108,6 +114,8 @@ class VisionLanguageModel:
         """As the model's ``forward``; logits and losses are those of the shorter prompts."""
         arguments = {"input_ids": input_ids, **kwargs}
         state = self._state(kwargs.get("past_key_values"))
+        if state is not None and self._protocol.given(arguments):
+            return self._continue_seeing(arguments, state)
         if not self._prunes(arguments):
             if state is None:
                 return self.model(**arguments)
@@ -126,7 +134,7 @@ class VisionLanguageModel:
                 self._protocol, self._with_outputs(full, chosen, "full", encoders_too=arguments)
             )
         made = self._applied(cut, full, positions)
-        output = self.model(**self._with_outputs(made, chosen, "output"))
+        output = self._callee()(**self._with_outputs(made, chosen, "output"))
         counted = made.get("position_ids") if positions is None else positions
         self._remember(output, cut, arguments, counted)
         return output
@@ -156,7 +164,7 @@ class VisionLanguageModel:
         for limit in ("max_length", "min_length"):
             if made.get(limit) is not None:
                 made[limit] -= before.shape[1] - after.shape[1]
-        output = self.model.generate(**self._with_outputs(made, chosen, "output"))
+        output = self._callee().generate(**self._with_outputs(made, chosen, "output"))
         return _with_prompts(output, before, after.shape[1])
 
     # ------------------------------------------------------------ steps
@@ -173,6 +181,10 @@ class VisionLanguageModel:
         if mask is not None and getattr(mask, "shape", None) != arguments["input_ids"].shape:
             raise OptionError("attention_mask must be (B, L), as input_ids are: others are not cut")
         return True
+
+    def _callee(self) -> Any:
+        """What is given the shorter prompts."""
+        return self.model if self._compiled is None else self._compiled.model()
 
     def _choose(self, arguments: Mapping[str, Any]) -> list[Chosen]:
         return [
@@ -242,14 +254,14 @@ class VisionLanguageModel:
 
     # ------------------------------------------------------------ caches
 
-    def _state(self, cache: Any) -> _Continued | None:
+    def _state(self, cache: Any) -> Continued | None:
         return None if cache is None else self._continued.get(cache)
 
     @staticmethod
     def _refuse_started(cache: Any) -> None:
         if cache is not None and cache.get_seq_length() > 0:
             raise OptionError(
-                "past_key_values with earlier tokens and new visual inputs: pass the whole "
+                "past_key_values of another call and new visual inputs: pass the whole "
                 "conversation without a cache"
             )
 
@@ -277,37 +289,53 @@ class VisionLanguageModel:
         if cache is None:
             return
         after = None if positions is None else positions[..., -1:] + 1
-        self._continued[cache] = _Continued(cut, arguments["input_ids"].shape[1], after)
+        self._continued[cache] = Continued(cut, arguments["input_ids"].shape[1], after)
 
-    def _continue(self, arguments: dict[str, Any], state: _Continued) -> Any:
+    def _continue(self, arguments: dict[str, Any], state: Continued) -> Any:
         """A call that goes on behind a prompt that was cut."""
-        given = arguments.get("input_ids")
+        given, cache = arguments.get("input_ids"), arguments["past_key_values"]
         new = given if given is not None else arguments["inputs_embeds"]
         mask = arguments.get("attention_mask")
-        if mask is not None and mask.dim() == 2:
-            arguments["attention_mask"] = self._continued_mask(mask, state, arguments)
+        if mask is None or mask.dim() == 2:
+            arguments["attention_mask"] = state.mask(mask, cache.get_seq_length(), new.shape[1])
         if arguments.get("position_ids") is None and state.next is not None:
             steps = torch.arange(new.shape[1], device=new.device)
             arguments["position_ids"] = state.next + steps
-            state.next = state.next + new.shape[1]
+            state = state.moved(new.shape[1])
         output = self.model(**arguments)
-        cache = getattr(output, "past_key_values", None)
-        if cache is not None:
-            self._continued[cache] = state
+        after = getattr(output, "past_key_values", None)
+        if after is not None:
+            self._continued[after] = state
         return output
 
-    @staticmethod
-    def _continued_mask(mask: Tensor, state: _Continued, arguments: Mapping[str, Any]) -> Tensor:
-        """A mask over the full prompt and later tokens, on the tokens that stayed."""
-        behind = mask[:, state.length :]
-        seen = arguments["past_key_values"].get_seq_length() - state.cut.index.shape[1]
-        new = arguments["input_ids"].shape[1] if arguments.get("input_ids") is not None else 1
-        if behind.shape[1] != seen + new:
-            raise OptionError(
-                f"attention_mask of {mask.shape[1]} columns: expected {state.length} for the full "
-                f"prompt and {seen + new} for what follows"
+    def _continue_seeing(self, arguments: dict[str, Any], state: Continued) -> Any:
+        """A call with new images behind a prompt that was cut: they are cut, too."""
+        prompts, cache = arguments["input_ids"], arguments["past_key_values"]
+        if prompts is None or state.next is None or arguments.get("position_ids") is not None:
+            raise OptionError("new visual inputs behind a cache: pass input_ids, no position_ids")
+        self._refuse_flash()
+        length, cached = prompts.shape[1], cache.get_seq_length()
+        mask = state.mask(arguments.get("attention_mask"), cached, length)
+        part = {k: v for k, v in arguments.items() if k != "past_key_values"}
+        part["attention_mask"] = None if mask is None else mask[:, cached:]
+        chosen = self._choose(part)
+        cut = self._cut(part, chosen)
+        full, positions = self._without_pixels(part), None
+        if self._positions == "original":
+            alone = {**full, "attention_mask": None}
+            positions = forward_positions(
+                self._protocol, self._with_outputs(alone, chosen, "full", encoders_too=part)
             )
-        return torch.cat((state.cut.apply(mask[:, : state.length], 0), behind), 1)
+            positions = positions - positions[..., :1] + state.next
+        made = self._applied(cut, full, positions)
+        if positions is None:
+            positions = made["position_ids"] = made["position_ids"] + state.next
+        before = state.cut.real.new_ones(len(prompts), cached) if mask is None else mask[:, :cached]
+        made["attention_mask"] = torch.cat((before.long(), made["attention_mask"]), 1)
+        output = self.model(**self._with_outputs(made, chosen, "output"), past_key_values=cache)
+        after = positions[..., -1:] + 1
+        self._continued[cache] = state.joined(cut, cached, length, after)
+        return output
 
 
 def _with_prompts(output: Any, prompts: Tensor, length: int) -> Any:
@@ -327,6 +355,7 @@ def vlm(
     *,
     selector: Selector | None = None,
     positions: Positions = "original",
+    inner: str | Callable[..., Any] | None = None,
 ) -> VisionLanguageModel:
     """A vision-language model whose language model is given fewer visual tokens.
 
@@ -337,6 +366,8 @@ def vlm(
         selector: Another way to choose; default is the rule of the method.
         positions: ``"original"``: what stays keeps the positions of the full prompt;
             ``"compact"``: positions are counted anew.
+        inner: A backend of ``torch.compile`` for the language model over shorter prompts; another
+            budget compiles nothing anew. Default: it runs as it is.
 
     Raises:
         OptionError: If the model lacks a piece of the protocol, or an option is not valid.
@@ -347,4 +378,4 @@ def vlm(
         raise OptionError(f"method={wanted!r}: expected HiPrune(...)")
     if wanted.stages is not None:
         raise OptionError("stages cut inside an encoder: a language model is given its output")
-    return VisionLanguageModel(model, wanted, selector, positions)
+    return VisionLanguageModel(model, wanted, selector, positions, inner)

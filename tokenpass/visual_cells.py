@@ -10,7 +10,7 @@ patches, a pixel shuffle, pooling), two passes for each binary digit of the coun
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -75,7 +75,7 @@ def find_cells(features: Tensor, starts: Sequence[Tensor]) -> Cells:
         raise NotReachedError("the features do not depend on this layer")
     count = len(features)
     layout = tuple((start.shape[0], start.shape[2]) for start in starts)
-    probe = _Probe(features, starts)
+    probe = _Probe([features], starts, _tokens_reached)
     if not probe(torch.ones(count, dtype=torch.bool)).any():
         raise NotReachedError("the features do not depend on this layer")
     found = _by_digits(probe, count)
@@ -86,27 +86,68 @@ def find_cells(features: Tensor, starts: Sequence[Tensor]) -> Cells:
     return Cells(tokens.to(device), cells.to(device), count, layout)
 
 
-class _Probe:
-    """Sends gradients backwards from some visual tokens."""
+def rows_of(features: Sequence[Tensor], values: Tensor) -> Tensor | None:
+    """The visual token that each row of ``values`` goes into.
 
-    def __init__(self, features: Tensor, starts: Sequence[Tensor]) -> None:
-        self._features = features
+    Args:
+        features: Tensors with a row for each visual token, ``(count, ...)``.
+        values: ``(..., C)``; ``features`` are computed from it under autograd.
+
+    Returns:
+        ``(rows,)``, int64, -1 for a row that goes into none; ``None`` if a row goes into several.
+    """
+    found = _by_digits(_Probe(features, [values], _rows_reached), len(features[0]))
+    if found is None:
+        return None
+    cell = torch.full((values.shape[:-1].numel(),), -1)
+    rows, cells = found
+    cell[rows] = cells
+    return cell.to(values.device)
+
+
+class _Probe:
+    """Sends gradients backwards from some visual tokens.
+
+    Args:
+        features: Tensors with a row for each visual token, ``(count, ...)``.
+        starts: Where gradients come out.
+        reached: From a gradient at a start to the positions that it reached, flat and bool.
+    """
+
+    def __init__(
+        self,
+        features: Sequence[Tensor],
+        starts: Sequence[Tensor],
+        reached: Callable[[Tensor], Tensor],
+    ) -> None:
+        self._features = list(features)
         self._starts = list(starts)
+        self._reached = reached
 
     def __call__(self, chosen: Tensor) -> Tensor:
-        """The flat encoder tokens that any of the ``chosen`` ``(count,)`` is made of, bool."""
-        seed = torch.zeros_like(self._features)
-        seed[chosen.to(seed.device)] = torch.nan
+        """The flat positions that any of the ``chosen`` ``(count,)`` is made of, bool."""
+        seeds = [torch.zeros_like(x) for x in self._features]
+        for seed in seeds:
+            seed[chosen.to(seed.device)] = torch.nan
         gradients = torch.autograd.grad(
-            self._features, self._starts, seed, retain_graph=True, allow_unused=True
+            self._features, self._starts, seeds, retain_graph=True, allow_unused=True
         )
-        reached = [
-            torch.zeros(start.shape[0] * start.shape[2], dtype=torch.bool)
-            if gradient is None
-            else gradient.isnan().any(-1).any(1).flatten().cpu()
-            for gradient, start in zip(gradients, self._starts, strict=True)
-        ]
-        return torch.cat(reached)
+        return torch.cat(
+            [
+                self._reached(torch.zeros_like(start) if gradient is None else gradient).cpu()
+                for gradient, start in zip(gradients, self._starts, strict=True)
+            ]
+        )
+
+
+def _tokens_reached(gradient: Tensor) -> Tensor:
+    """Tokens of ``(B, h, N, d)``."""
+    return gradient.isnan().any(-1).any(1).flatten()
+
+
+def _rows_reached(gradient: Tensor) -> Tensor:
+    """Rows of ``(..., C)``."""
+    return gradient.isnan().any(-1).flatten()
 
 
 def _by_digits(probe: _Probe, count: int) -> tuple[Tensor, Tensor] | None:

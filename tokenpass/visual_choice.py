@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,13 +11,12 @@ from torch import Tensor
 
 from tokenpass.errors import OptionError
 from tokenpass.methods import HiPrune
+from tokenpass.prompts import runs_of
 from tokenpass.selection import token_budget
-from tokenpass.visual_encoder import Encoded, mapped
+from tokenpass.visual_encoder import ENCODER_FIELDS, Encoded, Scored
+from tokenpass.visual_path import mapped
 from tokenpass.visual_tokens import Selector, VisualTokens, hiprune
 from tokenpass.vlm_protocol import Modality
-
-ENCODER_FIELDS = ("last_hidden_state", "hidden_states", "attentions", "pooler_output")
-"""Fields of an encoder's output that are not cut along with the visual tokens."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Chosen:
         modality: Which.
         full: The encoder's output with all visual tokens.
         output: The same with those that stay.
-        kept: For each image the positions that stay, ascending.
+        kept: For each image or video the positions that stay, ascending.
         mask: For all visual tokens whether they stay, bool.
     """
 
@@ -47,28 +46,73 @@ def choose(
     Raises:
         OptionError: If the method or the selector does not fit them.
     """
-    encoded = modality.encoder(method, modality.inputs(arguments))
-    if method.compat == "llava" and isinstance(method.keep, int):
-        # the published code shares the budget among all images of a batch
-        method = replace(method, keep=max(1, method.keep // len(encoded.tokens)))
+    changed: list[Tensor | None] = []
+
+    def pick(images: Sequence[Scored]) -> list[Tensor]:
+        runs = _runs(modality, arguments, images)
+        wanted = _for_images(method, sum(map(len, runs)))
+        changed.clear()
+        picked = []
+        for image, lengths in zip(images, runs, strict=True):
+            parts = _parts(image.pruned, lengths)
+            found = [_select(image.tokens.only(part), wanted, selector) for part in parts]
+            stays = [part[kept] for part, (kept, _) in zip(parts, found, strict=True)]
+            picked.append(torch.cat([image.pruned[:0], *stays]))
+            new = [features for _, features in found if features is not None]
+            changed.append(torch.cat(new) if new else None)
+        return picked
+
+    inputs = modality.inputs(arguments)
+    encoded = modality.encoder(method, inputs, pick if selector is None else None)
+    picked = pick(encoded.images) if encoded.picked is None else encoded.picked
     kept, features = [], []
-    for rows, may_leave, tokens in zip(
-        encoded.features, encoded.pruned, encoded.tokens, strict=True
+    for rows, image, places, new in zip(
+        encoded.features, encoded.images, picked, changed, strict=True
     ):
-        picked, changed = _select(tokens, method, selector)
-        stay = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
-        stay[may_leave] = False
-        stay[may_leave[picked]] = True
-        if changed is not None:
-            rows = rows.index_copy(0, may_leave[picked], changed.to(rows.dtype))
+        stay = torch.ones(image.count, dtype=torch.bool, device=rows.device)
+        stay[image.pruned] = False
+        stay[image.pruned[places]] = True
+        if new is not None:
+            rows = rows.index_copy(0, image.pruned[places], new.to(rows.dtype))
         kept.append(stay.nonzero().squeeze(1))
         features.append(rows[kept[-1]])
     masks = [
-        torch.zeros(len(rows), dtype=torch.bool).index_fill_(0, stays.cpu(), True)
-        for rows, stays in zip(encoded.features, kept, strict=True)
+        torch.zeros(image.count, dtype=torch.bool).index_fill_(0, stays.cpu(), True)
+        for image, stays in zip(encoded.images, kept, strict=True)
     ]
+    runs = [length for lengths in _runs(modality, arguments, encoded.images) for length in lengths]
+    mask = torch.cat(masks)
+    by_image = [part.nonzero().squeeze(1).to(kept[0].device) for part in mask.split(runs)]
     output = _cut_output(encoded, kept, features)
-    return Chosen(modality, encoded.output, output, kept, torch.cat(masks))
+    return Chosen(modality, encoded.output, output, by_image, mask)
+
+
+def _runs(
+    modality: Modality, arguments: Mapping[str, Any], images: Sequence[Scored]
+) -> list[list[int]]:
+    """For each entry of the encoder's list the tokens of each image in it.
+
+    A prompt tells the images of one entry apart: text stands between their placeholders. Between
+    the frames of a video stands what tells the time; they share one budget.
+    """
+    counts = [image.count for image in images]
+    if modality.name != "image":
+        return [[count] for count in counts]
+    return runs_of(arguments["input_ids"], modality.placeholder, counts)
+
+
+def _parts(pruned: Tensor, lengths: Sequence[int]) -> list[Tensor]:
+    """Places in ``pruned`` of the tokens of each run."""
+    ends = torch.tensor(lengths, device=pruned.device).cumsum(0)
+    run = torch.bucketize(pruned, ends, right=True)
+    return [(run == number).nonzero().squeeze(1) for number in range(len(lengths))]
+
+
+def _for_images(method: HiPrune, images: int) -> HiPrune:
+    """The published code for LLaVA shares a budget among all images of a batch."""
+    if method.compat == "llava" and isinstance(method.keep, int):
+        return replace(method, keep=max(1, method.keep // images))
+    return method
 
 
 def _select(
@@ -108,6 +152,8 @@ def _cut_output(encoded: Encoded, kept: list[Tensor], features: list[Tensor]) ->
             made[name] = cut(encoded.output[name])
     if not isinstance(encoded.output["pooler_output"], Tensor):
         made["pooler_output"] = features
+    elif encoded.output["pooler_output"].dim() == 2:
+        (made["pooler_output"],) = features
     elif len({len(rows) for rows in features}) == 1:
         made["pooler_output"] = torch.stack(features)
     else:

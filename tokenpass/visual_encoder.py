@@ -2,29 +2,42 @@
 
 The path runs as it is, fused attention included. The first call also finds how many attention
 layers it has and which is the last that its features depend on; the first call for other shapes
-finds what each visual token is made of (:mod:`tokenpass.visual_cells`).
+finds what each visual token is made of (:mod:`tokenpass.visual_cells`) and what need not run
+(:mod:`tokenpass.visual_path`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenpass.errors import OptionError, TokenpassError
 from tokenpass.methods import OBJECT_DEPTH, HiPrune, layer_at
 from tokenpass.vision_attention import AttentionWatch, Layer, sequence_lengths
 from tokenpass.visual_cells import Cells, NotReachedError, find_cells
 from tokenpass.visual_grid import Raster, Sizes, rasters
+from tokenpass.visual_path import (
+    NO_DATA,
+    Shortcuts,
+    TakenAnotherWayError,
+    find_shortcuts,
+    mapped,
+    only_with_data,
+    shortened,
+    tensors_in,
+)
 from tokenpass.visual_tokens import VisualTokens
 
 MAX_TABLE = 4096
 """Elements up to which an integer input is a table whose values decide on shapes."""
+
+ENCODER_FIELDS = ("last_hidden_state", "hidden_states", "attentions", "pooler_output")
+"""Fields of an encoder's output that are not cut along with the visual tokens."""
 
 Key = tuple[Any, ...]
 
@@ -36,12 +49,40 @@ class Structure:
     Attributes:
         cells: What each visual token is made of.
         counts: Visual tokens of each image.
-        places: For each image its raster, of the tokens that are made of encoder tokens.
+        pruned: For each image those that are made of encoder tokens, ``(M,)``.
+        places: For each image the raster of these.
+        shortcuts: What need not run.
     """
 
     cells: Cells
     counts: tuple[int, ...]
+    pruned: tuple[Tensor, ...]
     places: tuple[Raster | None, ...]
+    shortcuts: Shortcuts
+
+    @property
+    def starts(self) -> list[int]:
+        """The number of visual tokens before each image."""
+        return [sum(self.counts[:number]) for number in range(len(self.counts))]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The visual tokens of one image.
+
+    Attributes:
+        count: All of them.
+        pruned: Those that may leave, ``(M,)``; others (line ends) stay.
+        tokens: These, with their scores.
+    """
+
+    count: int
+    pruned: Tensor
+    tokens: VisualTokens
+
+
+Pick = Callable[[Sequence[Scored]], list[Tensor]]
+"""Chooses without looking at features: for each image the places in ``tokens`` that stay."""
 
 
 @dataclass(frozen=True)
@@ -50,34 +91,44 @@ class Encoded:
 
     Attributes:
         output: What the path returned.
-        features: For each image ``(M, D)``.
-        pruned: For each image the tokens that may leave, ``(M',)``; others (line ends) stay.
-        tokens: For each image those tokens with their scores.
+        features: For each image ``(count, D)``; of tokens that were not picked maybe not a number.
+        images: What is known of them.
+        picked: What stays, if that was asked for.
     """
 
     output: Any
     features: list[Tensor]
-    pruned: list[Tensor]
-    tokens: list[VisualTokens]
+    images: list[Scored]
+    picked: list[Tensor] | None = None
 
 
 class VisualEncoder:
     """The path from pixels to visual tokens of one modality.
 
     Args:
-        run: The model's own path; returns an object with ``pooler_output``.
+        root: The module that has the path as a method.
+        path: Name of the method; returns an object with ``pooler_output``.
         patch: Pixels of a patch ``(H, W)``, or ``None`` if they are not known.
     """
 
-    def __init__(self, run: Callable[..., Any], patch: tuple[int, int] | None) -> None:
-        self._run = run
+    def __init__(self, root: nn.Module, path: str, patch: tuple[int, int] | None) -> None:
+        self._root = root
+        self._path = path
         self._patch = patch
         self._depth = 0
         self._deep = 0
         self._known: dict[Key, Structure] = {}
+        self._alone: dict[nn.Module, bool] = {}
 
-    def __call__(self, method: HiPrune, inputs: Mapping[str, Any]) -> Encoded:
+    def __call__(
+        self, method: HiPrune, inputs: Mapping[str, Any], pick: Pick | None = None
+    ) -> Encoded:
         """Encode, and score each visual token.
+
+        Args:
+            method: Names the layers that are scored.
+            inputs: Of the path.
+            pick: Chooses among the tokens; where it can, before they are computed.
 
         Raises:
             OptionError: If the method asks for a layer that the encoder does not have, or that its
@@ -86,17 +137,37 @@ class VisualEncoder:
         """
         if not self._depth:
             self._measure(method, inputs)
-        return self._encode(method, inputs)
+        known = self._known.get(_key(inputs))
+        if known is None:
+            return self._explore(method, inputs, pick)
+        if not known.shortcuts:
+            return self._in_full(method, inputs, pick, known)
+        try:
+            return self._shortened(method, inputs, pick, known)
+        except TokenpassError:
+            raise
+        except Exception:  # whatever a model does with what is not there: it runs in full instead
+            self._known[_key(inputs)] = known = replace(known, shortcuts=Shortcuts())
+            return self._in_full(method, inputs, pick, known)
+
+    def forget(self) -> None:
+        """Explore the path anew in the next call."""
+        self._depth = self._deep = 0
+        self._known.clear()
+        self._alone.clear()
+
+    def _run(self, root: nn.Module, inputs: Mapping[str, Any]) -> Any:
+        return getattr(root, self._path)(**inputs, return_dict=True)
 
     def _measure(self, method: HiPrune, inputs: Mapping[str, Any]) -> None:
         """Find the number of layers, and the last that the features depend on."""
         with torch.no_grad(), AttentionWatch() as watch:
-            self._run(**inputs)
+            self._run(self._root, inputs)
         depth = len(watch.layers)
         for layer in range(depth, 0, -1):
             with contextlib.suppress(NotReachedError):
                 self._depth, self._deep = depth, layer
-                self._encode(method, inputs)
+                self._explore(method, inputs, None)
                 return
         self._depth = 0
         raise TokenpassError(
@@ -116,50 +187,137 @@ class VisualEncoder:
                 )
         return first, deep
 
-    def _encode(self, method: HiPrune, inputs: Mapping[str, Any]) -> Encoded:
-        first, deep = self._layers(method)
-        key = _key(inputs)
-        known = self._known.get(key)
-        watch = AttentionWatch((first, deep), None if known else self._deep)
-        with _recording(not known), watch:
-            output = self._run(**(inputs if known else _recorded(inputs)))
+    # ------------------------------------------------------------ runs
+
+    def _explore(self, method: HiPrune, inputs: Mapping[str, Any], pick: Pick | None) -> Encoded:
+        """The first run for inputs of some shapes, under autograd."""
+        watch = AttentionWatch(self._layers(method), self._deep)
+        with _recording(), watch:
+            output = self._run(self._root, _recorded(inputs))
             features = images_of(output)
-        layers = list(watch.layers.values())
-        last = layers[self._deep - 1]
-        if known is None:
-            known = self._structure(features, layers[: self._deep], inputs)
-            self._known[key] = known
-            if not torch.is_grad_enabled() or all(start.is_leaf for start in last.outputs):
-                output, features = detached(output), [x.detach() for x in features]
-        if last.layout != known.cells.layout or known.counts != tuple(map(len, features)):
-            del self._known[key]
-            return self._encode(method, inputs)
-        scores = [self._scores(layers[n - 1], n, known, method) for n in (first, deep)]
-        return self._gathered(output, features, known, scores, layers[deep - 1])
+        known = self._structure(output, features, watch, inputs)
+        self._known[_key(inputs)] = known
+        starts = watch.sorted_layers[self._deep - 1].outputs
+        if not torch.is_grad_enabled() or all(start.is_leaf for start in starts):
+            output = mapped(output, lambda x: x.detach())
+        return self._encoded(output, self._scored(method, watch, known), pick)
+
+    def _in_full(
+        self, method: HiPrune, inputs: Mapping[str, Any], pick: Pick | None, known: Structure
+    ) -> Encoded:
+        with AttentionWatch(self._layers(method)) as watch:
+            output = self._run(self._root, inputs)
+        if not self._went_as(known, watch) or known.counts != _counts(output):
+            return self._explore(method, inputs, pick)
+        return self._encoded(output, self._scored(method, watch, known), pick)
+
+    def _shortened(
+        self, method: HiPrune, inputs: Mapping[str, Any], pick: Pick | None, known: Structure
+    ) -> Encoded:
+        """A run in which only what the tokens that stay need is computed.
+
+        Raises:
+            TakenAnotherWayError: If something else was needed, or the path is not the known one.
+        """
+        watch = AttentionWatch(self._layers(method))
+        picked: list[list[Tensor]] = []
+
+        def staying() -> Tensor:
+            if not picked:
+                if not self._went_as(known, watch):
+                    raise TakenAnotherWayError
+                assert pick is not None, "without a choice no module is row-wise"
+                picked.append(pick(self._scored(method, watch, known)))
+            return _staying(known, picked[0])
+
+        shortcuts = known.shortcuts if pick else replace(known.shortcuts, rows={})
+        with watch:
+            output = self._run(shortened(self._root, shortcuts, staying), inputs)
+        if any(x.device == NO_DATA for x in tensors_in([output["pooler_output"], _fields(output)])):
+            raise TakenAnotherWayError
+        output = only_with_data(output)
+        if not self._went_as(known, watch) or known.counts != _counts(output):
+            raise TakenAnotherWayError
+        images = self._scored(method, watch, known)
+        if not picked:
+            return self._encoded(output, images, pick)
+        encoded = self._encoded(output, images, None)
+        stays = _staying(known, picked[0])
+        used = [torch.cat(encoded.features), *tensors_in(_fields(output))]
+        if any(x[stays].isnan().any() for x in used if len(x) == len(stays)):
+            raise TakenAnotherWayError
+        return replace(encoded, picked=picked[0])
+
+    def _went_as(self, known: Structure, watch: AttentionWatch) -> bool:
+        """Whether attention ran on the tokens that are known."""
+        layers = watch.sorted_layers
+        return len(layers) >= self._deep and layers[self._deep - 1].layout == known.cells.layout
+
+    @staticmethod
+    def _encoded(output: Any, images: list[Scored], pick: Pick | None) -> Encoded:
+        features = images_of(output)
+        made = [
+            replace(one, tokens=replace(one.tokens, features=rows[one.pruned]))
+            for one, rows in zip(images, features, strict=True)
+        ]
+        return Encoded(output, features, made, None if pick is None else pick(made))
+
+    # ------------------------------------------------------------ what is known
 
     def _structure(
-        self, features: Sequence[Tensor], layers: Sequence[Layer], inputs: Mapping[str, Any]
+        self,
+        output: Any,
+        features: Sequence[Tensor],
+        watch: AttentionWatch,
+        inputs: Mapping[str, Any],
     ) -> Structure:
+        layers = watch.sorted_layers[: self._deep]
         with torch.inference_mode(False), torch.enable_grad():
-            cells = find_cells(torch.cat(list(features)), layers[-1].outputs)
-        if any(layer.crossed for layer in layers):
-            raise TokenpassError(
-                "visual tokens come out of a resampler, whose queries are no image tokens: no "
-                "attention among image tokens ranks them"
-            )
-        counts = tuple(map(len, features))
-        chosen, start = [], 0
-        for count in counts:
-            made = cells.sizes[start : start + count] > 0
-            chosen.append(made.nonzero().squeeze(1) + start)
-            start += count
-        return Structure(cells, counts, tuple(rasters(cells, chosen, self._sizes(inputs))))
+            rows = torch.cat(list(features))
+            cells = find_cells(rows, layers[-1].outputs)
+            if any(layer.crossed for layer in layers):
+                raise TokenpassError(
+                    "visual tokens come out of a resampler, whose queries are no image tokens: no "
+                    "attention among image tokens ranks them"
+                )
+            further = [x for x in tensors_in(_fields(output)) if x.requires_grad]
+            shortcuts = find_shortcuts(self._root, watch.calls, rows, further, self._alone)
+        made = (cells.sizes > 0).split([len(x) for x in features])
+        pruned = tuple(one.nonzero().squeeze(1) for one in made)
+        known = Structure(cells, tuple(map(len, features)), pruned, (), shortcuts)
+        flat = [mine + start for mine, start in zip(pruned, known.starts, strict=True)]
+        return replace(known, places=tuple(rasters(cells, flat, self._sizes(inputs))))
 
     def _sizes(self, inputs: Mapping[str, Any]) -> Sizes:
         tensors = [value for value in inputs.values() if isinstance(value, Tensor)]
         pictures = [tuple(x.shape[-2:]) for x in tensors if x.is_floating_point() and x.dim() >= 4]
         tables = [x for x in tensors if _is_table(x) and x.dim() == 2 and x.shape[1] in (2, 3)]
         return Sizes(tuple((int(h), int(w)) for h, w in pictures), tuple(tables), self._patch)
+
+    def _scored(self, method: HiPrune, watch: AttentionWatch, known: Structure) -> list[Scored]:
+        """The visual tokens of each image, without their features."""
+        first, deep = self._layers(method)
+        layers = watch.sorted_layers
+        scores = [self._scores(layers[n - 1], n, known, method) for n in (first, deep)]
+        last, class_scores = layers[deep - 1], None
+        if self._has_class_token(known):
+            class_scores = known.cells.mean(torch.cat(last.from_first))
+        keys = known.cells.mean(torch.cat(last.keys)) if last.keys else None
+        images = []
+        for count, mine, start, raster in zip(
+            known.counts, known.pruned, known.starts, known.places, strict=True
+        ):
+            flat = mine + start
+            tokens = VisualTokens(
+                features=scores[0].new_empty(len(flat), 0),
+                object_scores=scores[0][flat],
+                deep_scores=scores[1][flat],
+                class_scores=None if class_scores is None else class_scores[flat],
+                keys=None if keys is None else keys[flat],
+                raster=raster,
+            )
+            images.append(Scored(count, mine, tokens))
+        return images
 
     def _scores(self, layer: Layer, number: int, known: Structure, method: HiPrune) -> Tensor:
         """Attention received by each visual token, ``(count,)``, float32."""
@@ -177,37 +335,6 @@ class VisualEncoder:
             received = received * lengths.repeat_interleave(lengths)
         return known.cells.mean(received)
 
-    def _gathered(
-        self,
-        output: Any,
-        features: list[Tensor],
-        known: Structure,
-        scores: Sequence[Tensor],
-        deep: Layer,
-    ) -> Encoded:
-        class_scores = None
-        if self._has_class_token(known):
-            class_scores = known.cells.mean(torch.cat(deep.from_first))
-        keys = known.cells.mean(torch.cat(deep.keys)) if deep.keys else None
-        made = known.cells.sizes > 0
-        pruned, tokens, start = [], [], 0
-        for rows, raster in zip(features, known.places, strict=True):
-            mine = made[start : start + len(rows)].nonzero().squeeze(1)
-            flat = mine + start
-            tokens.append(
-                VisualTokens(
-                    features=rows[mine],
-                    object_scores=scores[0][flat],
-                    deep_scores=scores[1][flat],
-                    class_scores=None if class_scores is None else class_scores[flat],
-                    keys=None if keys is None else keys[flat],
-                    raster=raster,
-                )
-            )
-            pruned.append(mine)
-            start += len(rows)
-        return Encoded(output, features, pruned, tokens)
-
     @staticmethod
     def _has_class_token(known: Structure) -> bool:
         """Whether the first token of each sequence goes into no visual token."""
@@ -216,9 +343,29 @@ class VisualEncoder:
         return not bool(torch.isin(starts, known.cells.tokens).any())
 
 
+def _staying(known: Structure, picked: Sequence[Tensor]) -> Tensor:
+    """For each visual token of all images whether it stays, bool."""
+    leaves = torch.zeros(sum(known.counts), dtype=torch.bool, device=known.cells.tokens.device)
+    for mine, start, stays in zip(known.pruned, known.starts, picked, strict=True):
+        leaves[mine + start] = True
+        leaves[mine[stays] + start] = False
+    return ~leaves
+
+
+def _fields(output: Any) -> list[Any]:
+    """What of a path's result runs along the visual tokens, but the tokens themselves."""
+    return [output[name] for name in output if name not in ENCODER_FIELDS]
+
+
+def _counts(output: Any) -> tuple[int, ...]:
+    return tuple(map(len, images_of(output)))
+
+
 def images_of(output: Any) -> list[Tensor]:
-    """The visual tokens of each image, ``(M, D)``, in what a path returned."""
+    """The visual tokens of each image, ``(M, D)``, in what a path returned; or of all in one."""
     found = getattr(output, "pooler_output", None)
+    if isinstance(found, Tensor) and found.dim() == 2:
+        return [found]
     if isinstance(found, Tensor) and found.dim() == 3:
         return list(found)
     if isinstance(found, (list, tuple)) and all(
@@ -227,36 +374,14 @@ def images_of(output: Any) -> list[Tensor]:
         return list(found)
     shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
     raise TokenpassError(
-        "the image features must be (images, tokens, width), or a list of (tokens, width), in "
+        "the image features must be (images, tokens, width), (tokens, width) or a list of such in "
         f"pooler_output; found {shape}"
     )
 
 
-def detached(value: Any) -> Any:
-    """The same without gradients, in containers of any depth."""
-    return mapped(value, lambda x: x.detach())
-
-
-def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """A copy of a container, in which every tensor is changed."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, (list, tuple)):
-        return type(value)(mapped(x, change) for x in value)
-    if isinstance(value, Mapping):
-        made: Any = copy.copy(value)
-        for name in value:
-            made[name] = mapped(value[name], change)
-        return made
-    return value
-
-
 @contextlib.contextmanager
-def _recording(needed: bool) -> Iterator[None]:
+def _recording() -> Iterator[None]:
     """Autograd can be switched on inside, even under inference mode; the mode is put back."""
-    if not needed:
-        yield
-        return
     grad = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.set_grad_enabled(grad):
         yield

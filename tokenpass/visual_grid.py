@@ -29,6 +29,13 @@ class Raster:
     shape: tuple[int, int, int]
     places: Tensor
 
+    def only(self, tokens: Tensor) -> Raster:
+        """The grid of some tokens, without the frames or crops that hold none of them."""
+        _, height, width = self.shape
+        area = height * width
+        kept, piece = torch.unique(self.places[tokens] // area, return_inverse=True)
+        return Raster((len(kept), height, width), piece * area + self.places[tokens] % area)
+
 
 @dataclass(frozen=True)
 class Sizes:

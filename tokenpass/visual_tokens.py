@@ -40,6 +40,19 @@ class VisualTokens:
     def __len__(self) -> int:
         return len(self.features)
 
+    def only(self, places: Tensor) -> VisualTokens:
+        """Some of the tokens as an image of their own; ``places`` is ``(K,)``, ascending."""
+        if len(places) == len(self):
+            return self
+        return VisualTokens(
+            features=self.features[places],
+            object_scores=self.object_scores[places],
+            deep_scores=self.deep_scores[places],
+            class_scores=None if self.class_scores is None else self.class_scores[places],
+            keys=None if self.keys is None else self.keys[places],
+            raster=None if self.raster is None else self.raster.only(places),
+        )
+
 
 Selection = Tensor | tuple[Tensor, Tensor]
 """Positions that stay, ``(K,)``, ascending; with them their features ``(K, D)`` if they change."""

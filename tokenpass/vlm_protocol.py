@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -88,6 +88,11 @@ def protocol_of(model: Any) -> Protocol:
             f"{name}.forward takes no {PRECOMPUTED}: there is no way to give it visual tokens that "
             "were computed before"
         )
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise OptionError(
+            f"{name} was made under torch.inference_mode: autograd, which finds what visual tokens "
+            "are made of, cannot go through such weights; make it outside"
+        )
     modalities = tuple(_modalities(model))
     if not modalities:
         wanted = " or ".join(f"get_{m}_features() with config.{m}_token_id" for m in MODALITIES)
@@ -108,15 +113,14 @@ def _modalities(model: Any) -> Iterator[Modality]:
             for p in inspect.signature(run).parameters.values()
             if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
         ]
-        encoder = VisualEncoder(_returning_objects(run), _patch_size(model.config))
+        taken = {n for m in (model, base) for n in inspect.signature(m.forward).parameters}
+        if given[0] not in taken:
+            raise OptionError(
+                f"{type(model).__name__}.forward takes no {given[0]}, as get_{name}_features does: "
+                "there is no telling which of its arguments holds the pixels"
+            )
+        encoder = VisualEncoder(base, f"get_{name}_features", _patch_size(model.config))
         yield Modality(name, encoder, given[0], tuple(given), int(placeholder))
-
-
-def _returning_objects(run: Callable[..., Any]) -> Callable[..., Any]:
-    def path(**inputs: Any) -> Any:
-        return run(**inputs, return_dict=True)
-
-    return path
 
 
 def _patch_size(config: Any) -> tuple[int, int] | None:

@@ -4,17 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.vlm.models import IMAGE, PATCH, QWEN_ROPE, SIDE, VIDEO, spread, text, tower
-
-PACKED = {
-    "depth": 4,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_heads": 4,
-    "patch_size": PATCH,
-    "out_hidden_size": 32,
-}
-"""A tower for packed patches."""
+from tests.vlm.models import IMAGE, PACKED, QWEN_ROPE, SIDE, VIDEO, spread, text, tower
 
 IDS = {"image_token_id": IMAGE, "video_token_id": VIDEO}
 

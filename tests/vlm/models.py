@@ -107,6 +107,16 @@ def llava_onevision() -> Any:
     )
 
 
+PACKED = {
+    "depth": 4,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_heads": 4,
+    "patch_size": PATCH,
+    "out_hidden_size": 32,
+}
+"""A tower for packed patches."""
+
 QWEN_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
 
 
@@ -139,16 +149,7 @@ def qwen2_5_vl() -> Any:
     from transformers import Qwen2_5_VLConfig
     from transformers import Qwen2_5_VLForConditionalGeneration as Model
 
-    vision = {
-        "depth": 4,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_heads": 4,
-        "patch_size": PATCH,
-        "window_size": 4 * PATCH,
-        "out_hidden_size": 32,
-        "fullatt_block_indexes": [1, 3],
-    }
+    vision = {**PACKED, "window_size": 4 * PATCH, "fullatt_block_indexes": [1, 3]}
     return spread(
         Model(
             Qwen2_5_VLConfig(
@@ -164,16 +165,7 @@ def qwen3_vl() -> Any:
     from transformers import Qwen3VLConfig
     from transformers import Qwen3VLForConditionalGeneration as Model
 
-    vision = {
-        "depth": 4,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_heads": 4,
-        "patch_size": PATCH,
-        "out_hidden_size": 32,
-        "num_position_embeddings": 64,
-        "deepstack_visual_indexes": [1, 2],
-    }
+    vision = {**PACKED, "num_position_embeddings": 64, "deepstack_visual_indexes": [1, 2]}
     rope = {**QWEN_ROPE, "mrope_interleaved": True}
     return spread(
         Model(
@@ -200,38 +192,26 @@ def internvl() -> Any:
     )
 
 
-def idefics3() -> Any:
-    from transformers import Idefics3Config
-    from transformers import Idefics3ForConditionalGeneration as Model
+def _nested(name: str) -> Any:
+    """Idefics3 or SmolVLM, which take their images in lists for each prompt."""
+    import transformers as library
 
-    return spread(
-        Model(
-            Idefics3Config(
-                vision_config=tower(),
-                text_config={"model_type": "llama", **text()},
-                image_token_id=IMAGE,
-                pad_token_id=PAD,
-                scale_factor=2,
-            )
-        )
+    config = getattr(library, f"{name}Config")(
+        vision_config=tower(),
+        text_config={"model_type": "llama", **text()},
+        image_token_id=IMAGE,
+        pad_token_id=PAD,
+        scale_factor=2,
     )
+    return spread(getattr(library, f"{name}ForConditionalGeneration")(config))
+
+
+def idefics3() -> Any:
+    return _nested("Idefics3")
 
 
 def smolvlm() -> Any:
-    from transformers import SmolVLMConfig
-    from transformers import SmolVLMForConditionalGeneration as Model
-
-    return spread(
-        Model(
-            SmolVLMConfig(
-                vision_config=tower(),
-                text_config={"model_type": "llama", **text()},
-                image_token_id=IMAGE,
-                pad_token_id=PAD,
-                scale_factor=2,
-            )
-        )
-    )
+    return _nested("SmolVLM")
 
 
 def paligemma() -> Any:

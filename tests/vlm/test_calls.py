@@ -151,6 +151,17 @@ def video_prompt(frames: int, tokens: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
+def kept_of_video(fast: Any, found: torch.Tensor, inputs: dict[str, Any], **more: Any) -> Any:
+    """Kept tokens of the only video, whose logits must be those of the masked model."""
+    kept = fast.kept("video")[0]
+    visual = inputs["input_ids"] == VIDEO
+    stay = torch.ones_like(visual)
+    stay[visual] = torch.isin(torch.arange(int(visual.sum())), kept)
+    expected = fast.model(**{**inputs, "attention_mask": stay.long(), **more}).logits[stay]
+    assert (found[0] - expected).abs().max() <= 1e-4
+    return kept
+
+
 def test_video_packed() -> None:
     """Breaks if video tokens are cut by the image placeholder, or frames are one grid."""
     model = model_of("qwen2_vl")
@@ -161,18 +172,13 @@ def test_video_packed() -> None:
     fast = tokenpass.vlm(model, HiPrune(keep=0.25))
     with torch.no_grad():
         found = fast(**inputs).logits
-        kept = fast.kept("video")[0]
-        stay = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
-        stay[inputs["input_ids"] == VIDEO] = torch.isin(torch.arange(24), kept)
         positions = model.model.get_rope_index(
             inputs["input_ids"],
             video_grid_thw=inputs["video_grid_thw"],
             mm_token_type_ids=inputs["mm_token_type_ids"],
         )[0]
-        masked = {**inputs, "attention_mask": stay.long(), "position_ids": positions}
-        expected = model(**masked).logits[stay]
+        kept = kept_of_video(fast, found, inputs, position_ids=positions)
     assert len(kept) == 6
-    assert (found[0] - expected).abs().max() <= 1e-4
     with pytest.raises(NothingRecordedError, match="no image"):
         fast.kept()
 
@@ -184,14 +190,9 @@ def test_video_pooled() -> None:
     inputs["pixel_values_videos"] = images(1, 2, 3, 32, 32)
     fast = tokenpass.vlm(model, HiPrune(keep=0.25))
     with torch.no_grad():
-        found = fast(**inputs).logits
-        kept = fast.kept("video")[0]
-        stay = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
-        stay[inputs["input_ids"] == VIDEO] = torch.isin(torch.arange(33), kept)
-        expected = model(**{**inputs, "attention_mask": stay.long()}).logits[stay]
+        kept = kept_of_video(fast, fast(**inputs).logits, inputs)
     assert len(kept) == 9
     assert kept[-1] == 32
-    assert (found[0] - expected).abs().max() <= 1e-4
 
 
 def test_labels_and_gradients() -> None:
@@ -218,14 +219,30 @@ def test_budget_changes_between_calls() -> None:
     inputs = prompts(FAMILIES["llava"], [2])
     with torch.no_grad():
         for keep, count in ((0.5, 32), (0.25, 16), (5, 5)):
-            fast.set_budget(keep)
+            tokenpass.set_budget(fast, keep=keep)
             fast(**inputs)
-            assert [len(kept) for kept in fast.kept()] == [count, count]
-            stats = fast.stats()
+            assert [len(kept) for kept in tokenpass.kept(fast)] == [count, count]
+            stats = tokenpass.stats(fast)
             assert (stats.visual_tokens_before, stats.visual_tokens) == (128, 2 * count)
             assert stats.length_before - stats.length == 128 - 2 * count
             saved = 2 * 2 * 2 * 8 * 4 * (128 - 2 * count)
             assert stats.cache_bytes_saved == saved, "2 layers, keys and values, 2 heads of 8"
+
+
+def test_reset_forgets() -> None:
+    """Breaks if a budget or a call outlives a reset."""
+    fast = tokenpass.vlm(model_of("llava"), HiPrune(keep=0.5))
+    inputs = prompts(FAMILIES["llava"], [1])
+    with torch.no_grad():
+        tokenpass.set_budget(fast, keep=5)
+        fast(**inputs)
+        tokenpass.reset(fast)
+        with pytest.raises(NothingRecordedError, match="call the model first"):
+            tokenpass.kept(fast)
+        fast(**inputs)
+    assert [len(kept) for kept in tokenpass.kept(fast)] == [32]
+    with pytest.raises(OptionError, match="threshold"):
+        tokenpass.set_budget(fast, threshold=1.0)
 
 
 def test_prefill_flops_are_those_of_the_language_model() -> None:

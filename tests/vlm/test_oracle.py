@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,44 +9,31 @@ import torch
 from safetensors.torch import load_file
 
 import tokenpass
+from tests import recorded_clip
+from tests.recorded_clip import DATA, recorded
 from tests.vlm.models import IMAGE, text
 from tokenpass import HiPrune, OptionError
 
-DATA = Path(__file__).resolve().parents[3] / "shared" / "oracle" / "hiprune"
 PATCHES = 576
 
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason=f"no recorded selections at {DATA}")
 
 
-def cases() -> list[dict[str, Any]]:
-    path = DATA / "clip_cases.json"
-    found: list[dict[str, Any]] = json.loads(path.read_text())["cases"] if path.is_file() else []
-    return found
-
-
 def llava(data: dict[str, torch.Tensor]) -> Any:
     """A LLaVA whose tower is the recorded one."""
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+    from transformers import LlamaConfig, LlavaConfig
     from transformers import LlavaForConditionalGeneration as Model
 
-    tower = CLIPVisionConfig(
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=8,
-        num_attention_heads=4,
-        image_size=336,
-        patch_size=14,
-        hidden_act="quick_gelu",
-    )
     words = LlamaConfig(**text())
-    model = Model(LlavaConfig(vision_config=tower, text_config=words, image_token_id=IMAGE)).eval()
-    prefix = "model.vision_model."
-    weights = {n.removeprefix(prefix): x for n, x in data.items() if n.startswith(prefix)}
-    model.model.vision_tower.load_state_dict(weights)
+    config = LlavaConfig(
+        vision_config=recorded_clip.config(), text_config=words, image_token_id=IMAGE
+    )
+    model = Model(config).eval()
+    model.model.vision_tower.load_state_dict(recorded_clip.weights(data))
     return model
 
 
-@pytest.mark.parametrize("case", cases(), ids=lambda case: str(case["name"]))
+@pytest.mark.parametrize("case", recorded("clip"), ids=lambda case: str(case["name"]))
 def test_recorded_selection(case: dict[str, Any]) -> None:
     """Breaks if the integration scores other layers or shares the budget otherwise."""
     data = load_file(DATA / "clip_tiny.safetensors")
@@ -61,7 +46,7 @@ def test_recorded_selection(case: dict[str, Any]) -> None:
     )
     fast = tokenpass.vlm(llava(data), method)
     prompts = torch.tensor([[2, *[IMAGE] * PATCHES, 3]] * (stop - first))
-    pixels = (data["pixels_uint8"][first:stop] / 255 - 0.5) * 6
+    pixels = recorded_clip.pixels(case, data)
     with torch.no_grad():
         if "error" in case:
             with pytest.raises(OptionError, match="the published code fails here"):
