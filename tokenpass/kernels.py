@@ -13,13 +13,17 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-BLOCK_BYTES = 4 * 2**20
-"""Size of the largest temporary: fits the second-level caches that were tried, far below memory."""
+BLOCK_BYTES = 2 * 2**20
+"""Size of a temporary: fits the second-level caches that were tried, far below memory."""
+
+BLOCK_ROWS = 512
+"""Fewer rows of a map are no block: products of few rows are slow, which costs more than caches."""
 
 
-def _blocks(total: int, each_bytes: int) -> Iterator[slice]:
-    """Slices of ``range(total)`` of which each needs at most :data:`BLOCK_BYTES`, or is one."""
-    step = max(1, BLOCK_BYTES // max(1, each_bytes))
+def _blocks(total: int, each_bytes: int, least: int = 1) -> Iterator[slice]:
+    """Slices of ``range(total)`` of which each needs at most :data:`BLOCK_BYTES`, or is ``least``
+    long."""
+    step = max(least, BLOCK_BYTES // max(1, each_bytes))
     for start in range(0, total, step):
         yield slice(start, min(start + step, total))
 
@@ -52,26 +56,38 @@ def attention_received(
         bias = key_bias.to(q.dtype)[:, None, None, :].expand(images, heads, 1, keys)
         bias = bias.reshape(images * heads, 1, keys)
     full_mask = None if mask is None else mask.expand(images, heads, queries, keys)
-    received = torch.zeros(images * heads, keys, dtype=torch.float32, device=q.device)
+    received = torch.zeros(images * heads, 1, keys, dtype=torch.float32, device=q.device)
+    block = q.new_empty(0)
     for maps in _blocks(images * heads, 4 * queries * keys):
-        for rows in _blocks(queries, 4 * keys * (maps.stop - maps.start)):
-            if bias is None:
-                scores = torch.bmm(q[maps, rows], k[maps]).mul_(scale)
-            else:
-                scores = torch.baddbmm(bias[maps], q[maps, rows], k[maps], alpha=scale)
+        for rows in _blocks(queries, 4 * keys * (maps.stop - maps.start), BLOCK_ROWS):
+            shape = (maps.stop - maps.start, rows.stop - rows.start, keys)
+            if block.shape != shape:
+                block = q.new_empty(shape)
+                ones = torch.ones(shape[0], 1, shape[1], dtype=torch.float32, device=q.device)
+            added, beta = (block, 0) if bias is None else (bias[maps], 1)
+            torch.baddbmm(added, q[maps, rows], k[maps], beta=beta, alpha=scale, out=block)
             if full_mask is not None:
-                scores = _masked(scores, full_mask, maps, rows, heads)
-            received[maps] += scores.softmax(-1, dtype=torch.float32).sum(1)
+                _apply(full_mask, block, maps, rows, heads)
+            received[maps].baddbmm_(ones, _softmax(block))
     return received.reshape(images, heads, keys).mean(1).div_(queries)
 
 
-def _masked(scores: Tensor, mask: Tensor, maps: slice, rows: slice, heads: int) -> Tensor:
-    """Apply the rows of a mask that belong to a run of images and heads."""
-    parts = [mask[i // heads, i % heads, rows] for i in range(maps.start, maps.stop)]
-    block = torch.stack(parts)
-    if mask.dtype == torch.bool:
-        return scores.masked_fill_(~block, -torch.inf)
-    return scores + block
+def _softmax(scores: Tensor) -> Tensor:
+    """Over the last dimension, in float32; in the memory of ``scores`` where it is that of a CPU,
+    whose kernel has read a row before it writes the row."""
+    if scores.dtype == torch.float32 and scores.device.type == "cpu":
+        return torch.softmax(scores, -1, out=scores)
+    return scores.softmax(-1, dtype=torch.float32)
+
+
+def _apply(mask: Tensor, scores: Tensor, maps: slice, rows: slice, heads: int) -> None:
+    """Apply the rows of a mask that belong to a run of images and heads, in place."""
+    for place, number in enumerate(range(maps.start, maps.stop)):
+        part = mask[number // heads, number % heads, rows]
+        if mask.dtype == torch.bool:
+            scores[place].masked_fill_(~part, -torch.inf)
+        else:
+            scores[place].add_(part)
 
 
 @attention_received.register_fake
