@@ -14,6 +14,7 @@ from tokenpass.api import (
     stream,
 )
 from tokenpass.backend import backend
+from tokenpass.calibration import Calibration, calibrate
 from tokenpass.errors import (
     BrokenInvariantError,
     NothingRecordedError,
@@ -33,6 +34,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BlockStats",
     "BrokenInvariantError",
+    "Calibration",
     "Eventful",
     "HiPrune",
     "LatencyTarget",
@@ -45,6 +47,7 @@ __all__ = [
     "TokenpassWarning",
     "VisionLanguageModel",
     "backend",
+    "calibrate",
     "explain",
     "kept",
     "load_state_dict",

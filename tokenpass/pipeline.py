@@ -26,6 +26,7 @@ from tokenpass.passes.cost import cost_after, cost_before, evaluate
 from tokenpass.passes.find_blocks import find_blocks
 from tokenpass.passes.functionalise import functionalise, written_values
 from tokenpass.passes.label_axes import label_axes
+from tokenpass.passes.load import load_after, load_before
 from tokenpass.passes.normalise import DECOMPOSITIONS
 from tokenpass.passes.plan_partial import partial_cost, partial_flops, plan_partial
 from tokenpass.passes.plan_pruning import plan_pruning
@@ -319,7 +320,9 @@ def rewrite(
         planned = replace(plan(analysis, method, always=always), batch=analysis.batch_inputs())
         if always or not method.full:
             analysis, planned = _with_partial(analysis, planned, method, module, inputs, always)
-        if planned.plan is None or dry:
+        if dry:
+            return replace(planned, report=_with_loads(analysis, planned))
+        if planned.plan is None:
             return planned
         rewritten = _rewritten(analysis, planned.plan)
     except Exception as error:
@@ -327,6 +330,15 @@ def rewrite(
             raise
         return undone(planned, error)
     return replace(planned, module=rewritten)
+
+
+def _with_loads(analysis: Analysis, planned: Rewrite) -> GraphReport:
+    """The report of a plan with what it asks of the machine, which partial pruning does not say."""
+    before = load_before(analysis.facts, analysis.found.grid, analysis.hint)
+    after = before if planned.plan is None else None
+    if isinstance(decided := planned.plan, Pruning):
+        after = load_after(analysis.facts, decided, _versions(analysis, decided), analysis.hint)
+    return replace(planned.report, load=after, load_before=before)
 
 
 def _with_partial(

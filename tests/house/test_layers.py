@@ -17,7 +17,7 @@ FOLDERS = {
 }
 
 LAYERS = [
-    {"errors", "dims", "kernels", "torch_internals"},
+    {"errors", "calibration", "dims", "kernels", "torch_internals", "triton_kernels"},
     {"graph", "grid", "merging", "methods", "attention_rows", "running_softmax"},
     {"axis_rule", "blocks", "capture", "facts", "gates", "incremental", "layout", "options"},
     {"rows", "scenes", "selection", "state"},
