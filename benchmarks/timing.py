@@ -6,11 +6,12 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 Call = Callable[[], Any]
+Name = TypeVar("Name")
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Times:
         return statistics.median(mine / its for mine, its in pairs)
 
 
-def interleaved(variants: Mapping[str, Call], rounds: int, warm_up: int = 2) -> dict[str, Times]:
+def interleaved(variants: Mapping[Name, Call], rounds: int, warm_up: int = 2) -> dict[Name, Times]:
     """Time each variant once a round, each round starting with another one.
 
     What slows the machine for a while slows all variants alike.
@@ -46,7 +47,7 @@ def interleaved(variants: Mapping[str, Call], rounds: int, warm_up: int = 2) -> 
         for _ in range(warm_up):
             call()
     names = list(variants)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    seconds: dict[Name, list[float]] = {name: [] for name in names}
     for turn in range(rounds):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
