@@ -125,8 +125,9 @@ def verdict(bar: Bar, rows: Iterable[Row]) -> tuple[str, str, str, str]:
     return bar.says, bar.asked, f"{found[-1]:.3f}", "pass" if bar.holds(found[-1]) else "FAIL"
 
 
-def verdicts() -> list[tuple[str, str, str, str]]:
-    rows = {suite: rows_of(suite) for suite in {bar.suite for bar in BARS}}
+def verdicts(kind: str | None = None) -> list[tuple[str, str, str, str]]:
+    """Of all bars, on a kind of device."""
+    rows = {suite: rows_of(suite, kind) for suite in {bar.suite for bar in BARS}}
     return [verdict(bar, rows[bar.suite]) for bar in BARS]
 
 

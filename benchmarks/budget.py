@@ -24,7 +24,7 @@ from tokenpass import torch_internals as internals
 KEEPS = (0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55)
 """The budgets, in the order in which calls ask for them."""
 
-SIDE, DEPTH, BATCH = 14, 12, 8
+SIDE, DEPTH, BATCH = 14, 12, 1
 METHODS: dict[str, type[tokenpass.HiPrune] | type[tokenpass.Eventful]] = {
     "hiprune": tokenpass.HiPrune,
     "eventful": tokenpass.Eventful,
@@ -45,7 +45,7 @@ class Counting:
 def compiled(model: nn.Module, method: str) -> tuple[Any, Counting]:
     """The model at the mean budget."""
     inner = Counting()
-    options = {"scene_cut": None} if method == "eventful" else {}
+    options: dict[str, Any] = {"scene_cut": None} if method == "eventful" else {}
     chosen = METHODS[method](keep=statistics.fmean(KEEPS), **options)
     return torch.compile(model, backend=tokenpass.backend(chosen, inner=inner)), inner
 

@@ -96,7 +96,7 @@ def _row(tokens: int, key: Key, function: Any, times: Times, baseline: Times) ->
     attention, keep = key
     row = {"variant": attention, "keep": keep, **timed(times, baseline)}
     share, state = 1.0, 0
-    if keep is not None and keep < 1.0:
+    if keep is not None and tokenpass.report(function).converted:
         share, state = flops_share(function), tokenpass.stats(function).state_bytes
     speed_up = 1 / row["time_ratio"]
     unit = UNIT_BYTES * tokens * WIDTH * BLOCKS

@@ -57,7 +57,8 @@ def save_plot(plot: Plot, rows: Iterable[Mapping[str, Any]], name: str) -> Path 
     axes.set_xlabel(plot.x[1])
     axes.set_ylabel(plot.y[1])
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    if any(lines) or plot.diagonal:
+        axes.legend(fontsize="small")
     path = RESULTS / f"{name}-{device().type}.png"
     figure.savefig(path, dpi=DOTS_PER_INCH, metadata={"Software": None})
     pyplot.close(figure)

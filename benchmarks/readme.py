@@ -14,7 +14,10 @@ from benchmarks.environment import ROOT
 from benchmarks.suite import Column, Row, rows_of
 from benchmarks.tables import markdown
 
-README = ROOT / "README.md"
+READMES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+KIND = "cpu"
+"""Of the device that the tables are about."""
+
 BETWEEN = re.compile(r"(<!-- table: (\w+) -->\n\n).*?(\n\n<!-- end of table -->)", re.DOTALL)
 
 
@@ -25,7 +28,7 @@ def prune() -> str:
         Column("of Inductor's time", "time_ratio", ".2f"),
         Column("of the FLOPs", "flops_ratio", ".2f"),
     )
-    rows = [row for row in rows_of("prune") if SMALL.items() <= row.items()]
+    rows = [row for row in rows_of("prune", KIND) if SMALL.items() <= row.items()]
     lines = [(_variant(row), *(column.cell(row) for column in columns)) for row in rows]
     return markdown(("", *(column.title for column in columns)), lines)
 
@@ -50,14 +53,14 @@ def gate() -> str:
         Column("speed-up", "speed_up", ".2f"),
         Column("FLOPs fall by", "flops_ratio", ".2f"),
     )
-    rows = [row for row in rows_of("gate") if row["frames"] == "random walk"]
+    rows = [row for row in rows_of("gate", KIND) if row["frames"] == "random walk"]
     titles = [column.title for column in columns]
     return markdown(titles, [[column.cell(row) for column in columns] for row in rows])
 
 
 def bars() -> str:
     """All bars."""
-    return markdown(("bar", "asked", "measured", ""), verdicts())
+    return markdown(("bar", "asked", "measured", ""), verdicts(KIND))
 
 
 TABLES: dict[str, Callable[[], str]] = {"prune": prune, "gate": gate, "bars": bars}
@@ -75,7 +78,7 @@ def filled(text: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.parse_args()
-    for path in (README, ROOT / "benchmarks" / "README.md"):
+    for path in READMES:
         path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
 
 

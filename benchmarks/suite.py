@@ -90,18 +90,23 @@ def record(name: str, case: dict[str, Any], rows: list[Row]) -> None:
     path.write_text(json.dumps({"cases": everything}, indent=1) + "\n", encoding="utf-8")
 
 
-def cases(name: str) -> list[dict[str, Any]]:
-    """The cases that were measured: ``case``, ``environment`` and ``rows`` of each."""
-    path = RESULTS / f"{name}-{device().type}.json"
+def cases(name: str, kind: str | None = None) -> list[dict[str, Any]]:
+    """The cases that were measured: ``case``, ``environment`` and ``rows`` of each.
+
+    Args:
+        name: Of the suite.
+        kind: Of device; default this machine's.
+    """
+    path = RESULTS / f"{name}-{kind or device().type}.json"
     if not path.exists():
         return []
     found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["cases"]
     return found
 
 
-def rows_of(name: str) -> list[Row]:
+def rows_of(name: str, kind: str | None = None) -> list[Row]:
     """All rows, each with the fields of its case."""
-    return [{**item["case"], **row} for item in cases(name) for row in item["rows"]]
+    return [{**item["case"], **row} for item in cases(name, kind) for row in item["rows"]]
 
 
 def _order(case: dict[str, Any]) -> list[tuple[str, float, str]]:

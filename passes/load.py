@@ -14,7 +14,7 @@ from torch import fx
 from tokenpass.calibration import Load
 from tokenpass.dims import Size, is_data
 from tokenpass.facts import Effect, Facts, What
-from tokenpass.graph import operands, tensor_of
+from tokenpass.graph import operands, values_of
 from tokenpass.grid import Grid
 from tokenpass.passes.cost import match_cost, node_cost, score_cost, sizes, token_symbol
 from tokenpass.passes.versions import Versions
@@ -69,8 +69,8 @@ def _total(facts: Facts, grid: Grid | None, runs: Iterable[Run], hint: Hint) -> 
         if effect.work:
             flops[_compares_tokens(facts, node, effect)] += node_cost(effect, grid, rows, inner)
         if effect.what in WRITES:
-            each = tensor_of(node).element_size()
-            written += sum(each * sizes(dims, grid, rows) for dims in effect.outs[:1])
+            for value, dims in zip(values_of(node), effect.outs, strict=False):
+                written += value.element_size() * sizes(dims, grid, rows)
     return Load(hint(flops[False]), hint(flops[True]), hint(written))
 
 

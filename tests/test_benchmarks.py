@@ -136,7 +136,9 @@ def test_results_say_where_they_come_from(path: Path) -> None:
 
 
 def test_strict_fails_unless_all_hold(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bars, "verdicts", lambda: [("words", "at most 1", "2.000", "FAIL")])
+    monkeypatch.setattr(
+        bars, "verdicts", lambda kind=None: [("words", "at most 1", "2.000", "FAIL")]
+    )
     monkeypatch.setattr("sys.argv", ["bars", "--strict"])
     with pytest.raises(SystemExit):
         bars.main()

@@ -106,6 +106,7 @@ def test_each_cut_chooses_once() -> None:
 def test_budgets_in_turn_compile_once_each() -> None:
     fast, inner = compiled(tokenpass.HiPrune(keep=KEEPS[0]))
     captured = torch._dynamo.utils.counters["stats"]
+    before = captured["unique_graphs"]
     images = tiny.images(2, SIDE)
     with torch.no_grad():
         for keep in KEEPS:
@@ -116,6 +117,20 @@ def test_budgets_in_turn_compile_once_each() -> None:
         for keep in (*KEEPS, *reversed(KEEPS)):
             tokenpass.set_budget(fast, keep=keep)
             fast(images)
-    assert frames == 1
+    assert frames - before == 1
     assert (len(inner.graphs), captured["unique_graphs"]) == (graphs, frames)
-    assert graphs <= len(KEEPS) + 1
+    assert graphs == len(KEEPS)
+
+
+def test_one_token_is_not_all_tokens() -> None:
+    """Breaks if budgets that compare equal, the number 1 and the share 1.0, share a graph."""
+    fast, _ = compiled(tokenpass.HiPrune(keep=0.5))
+    images = tiny.images(1, SIDE)
+    found = []
+    with torch.no_grad():
+        for keep in (1, 1.0, 1):
+            fast(images)
+            tokenpass.set_budget(fast, keep=keep)
+            fast(images)
+            found.append(tokenpass.kept(fast).shape[1])
+    assert found == [1, (SIDE // tiny.PATCH) ** 2, 1]
