@@ -7,7 +7,7 @@ PYTEST := $(BIN)/python -m pytest
 SECONDS ?= 600
 SEED ?= 0
 
-.PHONY: help demo demo-video test quick coverage lint docs fuzz bench study zoo clean
+.PHONY: help demo demo-video test quick coverage lint docs fuzz bench bench-bars study zoo clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/	/'
@@ -65,8 +65,12 @@ lint: $(VENV)/test  ## ruff and mypy, strict
 docs: $(VENV)/docs  ## The documentation as a site, warnings as errors (writes site/)
 	$(BIN)/mkdocs build --quiet
 
-bench: $(VENV)/bench  ## Speed, memory and compile time; writes benchmarks/results
+bench: $(VENV)/bench  ## Speed, memory and compile time; writes benchmarks/results and the READMEs' tables
 	$(BIN)/python -m benchmarks.run
+	$(BIN)/python -m benchmarks.readme
+
+bench-bars: $(VENV)/bench  ## What is asked of the measurements in benchmarks/results: pass or fail
+	$(BIN)/python -m benchmarks.bars
 
 study: $(VENV)/bench  ## Accuracy and saliency on labelled images; needs the weights (see benchmarks/README.md)
 	$(BIN)/python -m benchmarks.accuracy --time

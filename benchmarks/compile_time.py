@@ -1,6 +1,6 @@
 """What the passes add to compilation: their share of it, and how they grow with depth.
 
-``python -m benchmarks.compile_time`` writes results/compile_time-*.json.
+``python -m benchmarks.compile_time`` writes results/compile-*.json.
 """
 
 from __future__ import annotations
@@ -9,23 +9,22 @@ import argparse
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import fx
 
 import tokenpass
-from benchmarks.environment import device, prepare, save
+from benchmarks.environment import device
+from benchmarks.plots import Plot
 from benchmarks.reference_models import vit_small
-from benchmarks.tables import markdown
+from benchmarks.suite import Case, Column, Suite
 from tokenpass import torch_internals as internals
 
 DEPTHS = (12, 24, 48)
 WARM_UP_DEPTH = 2
 SHARE_DEPTH = 12
-BAR = 0.15
 
 
 class Stopwatch:
@@ -71,57 +70,52 @@ def first_call(depth: int, inner: str) -> dict[str, float]:
         fast(images)
         total -= time.perf_counter() - start
     passes = watch.backend - watch.inner
-    return {"compile_s": total, "passes_s": passes, "inner_s": watch.inner}
+    return {
+        "compile_s": round(total, 3),
+        "passes_s": round(passes, 3),
+        "inner_s": round(watch.inner, 3),
+        "share": round(passes / total, 4),
+        "per_block_ms": round(1e3 * passes / depth, 2),
+    }
 
 
-def measure(repeats: int) -> dict[str, Any]:
-    """Compile with Inductor once; then the passes alone, the fastest of ``repeats``."""
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--depths", type=int, nargs="+", default=list(DEPTHS))
+
+
+def measure(wanted: argparse.Namespace) -> Iterator[Case]:
+    """Compile with Inductor once; then the passes alone, the fastest of all rounds."""
+    caches = torch.compiler.config.force_disable_caches
     with tempfile.TemporaryDirectory() as folder:
         # What an earlier run has compiled would be found again, and the whole look faster.
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
         torch.compiler.config.force_disable_caches = True
         first_call(WARM_UP_DEPTH, "inductor")
-        whole = first_call(SHARE_DEPTH, "inductor")
-    rows = []
-    for depth in DEPTHS:
-        found = min((first_call(depth, "eager") for _ in range(repeats)), key=_passes)
-        rows.append({"depth": depth, **found, "per_block_s": _passes(found) / depth})
-    share = whole["passes_s"] / whole["compile_s"]
-    return {"with_inductor": {"depth": SHARE_DEPTH, "share": share, **whole}, "passes": rows}
+        yield {"inner": "inductor", "depth": SHARE_DEPTH}, [first_call(SHARE_DEPTH, "inductor")]
+        torch.compiler.config.force_disable_caches = caches
+    for depth in wanted.depths:
+        found = (first_call(depth, "eager") for _ in range(wanted.rounds))
+        yield {"inner": "eager", "depth": depth}, [min(found, key=lambda row: row["passes_s"])]
 
 
-def _passes(found: dict[str, float]) -> float:
-    return found["passes_s"]
-
-
-def table(results: dict[str, Any]) -> str:
-    lines = [
-        (found["depth"], f"{found['passes_s']:.2f}", f"{1e3 * found['per_block_s']:.0f}")
-        for found in results["passes"]
-    ]
-    return markdown(("blocks", "passes, s", "ms a block"), lines)
-
-
-def run(repeats: int = 3) -> None:
-    """Measure, print, write."""
-    results = measure(repeats)
-    whole = results["with_inductor"]
-    print(table(results))
-    print(
-        f"share of the passes in compiling {whole['depth']} blocks with Inductor: "
-        f"{whole['share']:.3f} of {whole['compile_s']:.1f} s (at most {BAR:.2f})"
-    )
-    Console().print(f"written: {save('compile_time', results).name}")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
-    arguments = parser.parse_args()
-    prepare(arguments.threads)
-    run(arguments.repeats)
-
+SUITE = Suite(
+    name="compile",
+    about="time of the passes and of the whole compilation",
+    options=options,
+    measure=measure,
+    columns=(
+        Column("inner backend", "inner"),
+        Column("blocks", "depth"),
+        Column("first call, s", "compile_s", ".2f"),
+        Column("passes, s", "passes_s", ".2f"),
+        Column("share", "share", ".3f"),
+        Column("passes, ms a block", "per_block_ms", ".0f"),
+    ),
+    plot=Plot(
+        ("depth", "blocks"), ("passes_s", "passes, s"), by=("inner",), only={"inner": "eager"}
+    ),
+    rounds=3,
+)
 
 if __name__ == "__main__":
-    main()
+    SUITE.main()

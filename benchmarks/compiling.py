@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 import tokenpass
+
+Name = TypeVar("Name")
 
 
 def compiled(model: nn.Module, **options: Any) -> Any:
@@ -16,7 +18,7 @@ def compiled(model: nn.Module, **options: Any) -> Any:
     return torch.compile(model, backend="tokenpass", options=options)
 
 
-def calls(functions: dict[str, Any], images: Tensor) -> dict[str, Callable[[], Any]]:
+def calls(functions: dict[Name, Any], images: Tensor) -> dict[Name, Callable[[], Any]]:
     """Functions of images as functions of nothing, to be timed."""
 
     def on_images(function: Any) -> Callable[[], Any]:

@@ -1,52 +1,48 @@
 """Wall time of a frame behind gates, steady state: ViT of width 384 and 12 blocks, batch 1.
 
-``python -m benchmarks.gating`` writes results/gating-*.json. Which tokens changed does not matter
-for the time, how many a gate lets through does; the frames are a random walk.
+``python -m benchmarks.gating`` writes results/gate-*.json. Which tokens changed does not matter for
+the time at a fixed budget, how many a gate lets through does: the frames are a random walk, or a
+real clip.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from itertools import cycle
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 import tokenpass
 from benchmarks.compiling import compiled, flops_share
-from benchmarks.environment import device, prepare, save
+from benchmarks.environment import device
+from benchmarks.plots import Plot
 from benchmarks.reference_models import vit_small
-from benchmarks.tables import markdown
+from benchmarks.suite import Case, Column, Row, Suite, timed
 from benchmarks.timing import Times, interleaved
 
-SIDES = (14, 28, 42)
-"""Rows and columns of patches: 196, 784 and 1764 tokens."""
+SIDES = (14, 28, 42, 64)
+"""Rows and columns of patches: 196, 784, 1764 and 4096 tokens."""
 
-KEEPS = (0.25, 0.10)
-PATCH = 16
+KEEPS = (1.0, 0.5, 0.25, 0.10, 0.05)
+PATCH, WIDTH, BLOCKS = 16, 384, 12
 FRAMES = 8
 BASELINE = "Inductor"
 SHARE_CHANGED = 0.1
+UNIT_BYTES = 4
+"""Of one channel of one token."""
+
+Key = tuple[str, float | None]
+"""Attention and budget; the baseline has no budget."""
 
 
-@dataclass(frozen=True)
-class Bar:
-    """A speed-up over Inductor that is asked for, at a number of tokens and a budget.
-
-    Attributes:
-        of_flops: Whether it is a share of the FLOPs ratio.
-    """
-
-    tokens: int
-    keep: float
-    at_least: float
-    of_flops: bool = False
-
-
-BARS = (Bar(784, 0.25, 1.8), Bar(784, 0.10, 3.2), Bar(1764, 0.10, 0.75, of_flops=True))
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--sides", type=int, nargs="+", default=list(SIDES))
+    parser.add_argument("--keeps", type=float, nargs="+", default=list(KEEPS))
+    parser.add_argument("--attention", nargs="+", default=["exact", "none"])
+    parser.add_argument("--clip", help="of the data folder, instead of a random walk")
 
 
 def walk(side: int) -> list[Tensor]:
@@ -62,106 +58,88 @@ def walk(side: int) -> list[Tensor]:
     return frames
 
 
-def title(keep: float, attention: str) -> str:
-    return f"keep {keep:g}, {attention}"
+def video(name: str, side: int) -> list[Tensor]:
+    """The first frames of a clip, and back again."""
+    from benchmarks import clips  # decoding needs a library that nothing else here does
+
+    size = (side * PATCH, side * PATCH)
+    pictures = clips.pictures(clips.clips()[name], FRAMES, size=size)
+    frames = [clips.normalised(picture).to(device()) for picture in pictures]
+    return [*frames, *frames[-2:0:-1]]
 
 
 def in_turn(function: Any, frames: list[Tensor]) -> Callable[[], Any]:
     """Each call takes the next frame."""
-    state = {"next": 0}
-
-    def call() -> Any:
-        state["next"] = (state["next"] + 1) % len(frames)
-        return function(frames[state["next"]])
-
-    return call
+    endless = cycle(frames)
+    return lambda: function(next(endless))
 
 
-def measure(side: int, rounds: int) -> list[dict[str, Any]]:
+def rows(side: int, wanted: argparse.Namespace) -> list[Row]:
     """All variants at one size."""
     torch._dynamo.reset()
-    model, frames = vit_small(size=side * PATCH).to(device()), walk(side)
-    options = {"method": "eventful", "scene_cut": None}
-    variants: dict[str, Any] = {BASELINE: torch.compile(model)}
-    for keep in KEEPS:
-        for attention in ("exact", "none"):
-            variants[title(keep, attention)] = compiled(
-                model, keep=keep, attention=attention, **options
+    frames = video(wanted.clip, side) if wanted.clip else walk(side)
+    model = vit_small(size=side * PATCH).to(device())
+    variants: dict[Key, Any] = {(BASELINE, None): torch.compile(model)}
+    for keep in wanted.keeps:
+        for attention in wanted.attention:
+            variants[attention, keep] = compiled(
+                model, keep=keep, attention=attention, method="eventful", scene_cut=None
             )
     with torch.inference_mode():
-        calls = {name: in_turn(function, frames) for name, function in variants.items()}
-        times = interleaved(calls, rounds, warm_up=3)
-        shares = {n: flops_share(fast) for n, fast in variants.items() if n != BASELINE}
-    memory = {n: tokenpass.stats(fast).state_bytes for n, fast in variants.items() if n in shares}
-    return [_row(side**2, name, times, shares, memory) for name in times]
+        calls = {key: in_turn(function, frames) for key, function in variants.items()}
+        times = interleaved(calls, wanted.rounds, warm_up=3)
+    baseline = times[BASELINE, None]
+    return [_row(side**2, key, variants[key], times[key], baseline) for key in times]
 
 
-def _row(
-    tokens: int,
-    name: str,
-    times: dict[str, Times],
-    shares: dict[str, float],
-    memory: dict[str, int],
-) -> dict[str, Any]:
-    ratio = times[name].ratio_to(times[BASELINE])
-    return {
-        "tokens": tokens,
-        "variant": name,
-        "median_ms": 1e3 * times[name].median,
-        "iqr_ms": 1e3 * times[name].spread,
-        "speed_up": 1 / ratio,
-        "flops_ratio": 1 / shares.get(name, 1.0),
-        "state_mb": memory.get(name, 0) / 1e6,
+def _row(tokens: int, key: Key, function: Any, times: Times, baseline: Times) -> Row:
+    attention, keep = key
+    row = {"variant": attention, "keep": keep, **timed(times, baseline)}
+    share, state = 1.0, 0
+    if keep is not None and tokenpass.report(function).converted:
+        share, state = flops_share(function), tokenpass.stats(function).state_bytes
+    speed_up = 1 / row["time_ratio"]
+    unit = UNIT_BYTES * tokens * WIDTH * BLOCKS
+    return row | {
+        "speed_up": round(speed_up, 4),
+        "flops_ratio": round(1 / share, 4),
+        "speed_up_over_flops": round(speed_up * share, 4),
+        "state_mb": round(state / 1e6, 3),
+        "state_units": round(state / unit, 3),
     }
 
 
-def verdict(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What was measured beside what is asked for."""
-    found = {(row["tokens"], row["variant"]): row for row in rows}
-    lines = []
-    for bar in BARS:
-        row = found.get((bar.tokens, title(bar.keep, "exact")))
-        if row is not None:
-            wanted = bar.at_least * (row["flops_ratio"] if bar.of_flops else 1.0)
-            lines.append(
-                {"tokens": bar.tokens, "keep": bar.keep, "speed_up": row["speed_up"], "bar": wanted}
-            )
-    return lines
+def measure(wanted: argparse.Namespace) -> Iterator[Case]:
+    for side in wanted.sides:
+        case = {"tokens": side**2, "frames": wanted.clip or "random walk"}
+        yield case, rows(side, wanted)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    titles = ("tokens", "variant", "ms ± half IQR", "speed-up", "FLOPs ratio", "state MB")
-    lines = [
-        (
-            str(row["tokens"]),
-            row["variant"],
-            f"{row['median_ms']:.1f} ± {row['iqr_ms'] / 2:.1f}",
-            f"{row['speed_up']:.2f}",
-            f"{row['flops_ratio']:.2f}",
-            f"{row['state_mb']:.0f}",
-        )
-        for row in rows
-    ]
-    return markdown(titles, lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--sides", type=int, nargs="+", default=list(SIDES))
-    arguments = parser.parse_args()
-    prepare(arguments.threads)
-    rows = [row for side in arguments.sides for row in measure(side, arguments.rounds)]
-    results = {"rows": rows, "verdict": verdict(rows)}
-    print(table(rows))
-    for line in results["verdict"]:
-        print(
-            f"{line['tokens']} tokens, keep {line['keep']}: {line['speed_up']:.2f} "
-            f"(at least {line['bar']:.2f})"
-        )
-    Console().print(f"written: {save('gating', results).name}")
-
+SUITE = Suite(
+    name="gate",
+    about="time of a frame behind gates against plain Inductor",
+    options=options,
+    measure=measure,
+    columns=(
+        Column("tokens", "tokens"),
+        Column("frames", "frames"),
+        Column("attention", "variant"),
+        Column("keep", "keep", "g"),
+        Column("ms", "median_ms", ".1f"),
+        Column("IQR", "iqr_ms", ".1f"),
+        Column("speed-up", "speed_up", ".2f"),
+        Column("FLOPs saved, times", "flops_ratio", ".2f"),
+        Column("speed-up / FLOPs", "speed_up_over_flops", ".2f"),
+        Column("state, MB", "state_mb", ".0f"),
+    ),
+    plot=Plot(
+        x=("flops_ratio", "FLOPs of a dense frame / of a gated one"),
+        y=("speed_up", "speed-up over Inductor"),
+        by=("tokens", "variant"),
+        diagonal=True,
+        only={"frames": "random walk"},
+    ),
+)
 
 if __name__ == "__main__":
-    main()
+    SUITE.main()

@@ -1,7 +1,7 @@
-"""Peak memory of computing scores on a long sequence, beyond queries and keys.
+"""Peak memory of computing scores on a long sequence, and what a gated stream keeps.
 
 ``python -m benchmarks.memory`` writes results/memory-*.json. On a CPU the peak is that of the whole
-process, which therefore does nothing else.
+process, so scores come first: what was large before them would hide them.
 """
 
 from __future__ import annotations
@@ -9,21 +9,28 @@ from __future__ import annotations
 import argparse
 import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
-from benchmarks.environment import device, prepare, save
+import tokenpass
+from benchmarks.compiling import compiled
+from benchmarks.environment import device
+from benchmarks.gating import BLOCKS, PATCH, UNIT_BYTES, walk
+from benchmarks.gating import WIDTH as CHANNELS
+from benchmarks.reference_models import vit_small
+from benchmarks.suite import Case, Column, Row, Suite
 from benchmarks.timing import once
 from tokenpass.kernels import attention_received
 
 TOKENS, HEADS, WIDTH = 16_384, 12, 64
 WARM_UP_TOKENS = 256
 MEGABYTE = 10**6
-BAR_MB = 200
+SIDES = (14, 28, 42)
+"""Rows and columns of patches of the gated encoders."""
+
 PEAK_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
@@ -45,7 +52,7 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * PEAK_UNIT
 
 
-def measure(tokens: int) -> dict[str, Any]:
+def of_scores(tokens: int) -> Row:
     """An upper bound on a CPU: a peak that came earlier counts too."""
     where = device()
     small = torch.randn(1, HEADS, WARM_UP_TOKENS, WIDTH, device=where)
@@ -61,33 +68,53 @@ def measure(tokens: int) -> dict[str, Any]:
         seconds = once(lambda: scores(query, key))
         extra = max(0, peak_bytes() - before)
     return {
-        "tokens": tokens,
-        "heads": HEADS,
-        "extra_mb": extra / MEGABYTE,
+        "extra_mb": round(extra / MEGABYTE, 2),
         "one_map_mb": 4 * tokens * tokens / MEGABYTE,
-        "seconds": seconds,
+        "seconds": round(seconds, 3),
     }
 
 
-def run(tokens: int = TOKENS) -> None:
-    """Measure, print, write."""
-    found = measure(tokens)
-    print(
-        f"scores of {tokens} tokens, {HEADS} heads: {found['extra_mb']:.0f} MB extra "
-        f"(at most {BAR_MB}; the map of one head alone: {found['one_map_mb']:.0f} MB), "
-        f"{found['seconds']:.1f} s"
+def of_stream(side: int, attention: str) -> Row:
+    """What gates, buffers and running attention of one stream take."""
+    torch._dynamo.reset()
+    model = vit_small(size=side * PATCH, depth=BLOCKS).to(device())
+    fast = compiled(
+        model, method="eventful", keep=0.25, attention=attention, scene_cut=None, inner="eager"
     )
-    Console().print(f"written: {save('memory', found).name}")
+    with torch.inference_mode():
+        for frame in walk(side)[:2]:
+            fast(frame)
+    state = tokenpass.stats(fast).state_bytes
+    unit = UNIT_BYTES * side**2 * CHANNELS * BLOCKS
+    return {"extra_mb": round(state / MEGABYTE, 2), "units": round(state / unit, 3)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=TOKENS)
-    parser.add_argument("--threads", type=int, default=2)
-    arguments = parser.parse_args()
-    prepare(arguments.threads)
-    run(arguments.tokens)
+    parser.add_argument("--sides", type=int, nargs="*", default=list(SIDES))
 
+
+def measure(wanted: argparse.Namespace) -> Iterator[Case]:
+    yield {"what": f"scores, {HEADS} heads", "tokens": wanted.tokens}, [of_scores(wanted.tokens)]
+    for side in wanted.sides:
+        for attention in ("exact", "none"):
+            case = {"what": f"a gated stream, {attention}", "tokens": side**2}
+            yield case, [of_stream(side, attention)]
+
+
+SUITE = Suite(
+    name="memory",
+    about="memory of scores, and of a gated stream",
+    options=options,
+    measure=measure,
+    columns=(
+        Column("of", "what"),
+        Column("tokens", "tokens"),
+        Column("MB", "extra_mb", ".0f"),
+        Column("a map of one head, MB", "one_map_mb", ".0f"),
+        Column("in N x C x blocks floats", "units", ".2f"),
+    ),
+)
 
 if __name__ == "__main__":
-    main()
+    SUITE.main()

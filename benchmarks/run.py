@@ -1,4 +1,8 @@
-"""``make bench``: speed, gating, compile time and memory, each in a process of its own."""
+"""``make bench``: suites of measurements, each in a process of its own.
+
+``python -m benchmarks.run prune gate --threads 2 --rounds 5``; what one suite alone understands,
+such as ``--batches 1 8``, can follow the name of one suite.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +14,35 @@ from rich.console import Console
 
 from benchmarks.environment import ROOT
 
-BENCHMARKS = ("speed", "gating", "compile_time", "memory")
+SUITES = {
+    "prune": "benchmarks.prune",
+    "gate": "benchmarks.gating",
+    "score": "benchmarks.score",
+    "compile": "benchmarks.compile_time",
+    "memory": "benchmarks.memory",
+    "scale": "benchmarks.scale",
+    "budget": "benchmarks.budget",
+    "predict": "benchmarks.predict",
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "only", nargs="*", choices=BENCHMARKS, default=BENCHMARKS, help="default: all"
+        "only", nargs="*", choices=[*SUITES, []], metavar="SUITE", help="default: all"
     )
     parser.add_argument("--threads", type=int, default=2)
-    arguments = parser.parse_args()
+    parser.add_argument("--rounds", type=int, help="default: what each suite needs")
+    arguments, others = parser.parse_known_args()
+    if others and len(arguments.only) != 1:
+        parser.error(f"{' '.join(others)}: name the one suite that this is for")
     console = Console()
-    for name in arguments.only:
+    for name in arguments.only or SUITES:
         console.rule(name)
-        command = [sys.executable, "-m", f"benchmarks.{name}", "--threads", str(arguments.threads)]
-        subprocess.run(command, cwd=ROOT, check=True)
+        command = [sys.executable, "-m", SUITES[name], "--threads", str(arguments.threads)]
+        if arguments.rounds is not None:
+            command += ["--rounds", str(arguments.rounds)]
+        subprocess.run([*command, *others], cwd=ROOT, check=True)
 
 
 if __name__ == "__main__":

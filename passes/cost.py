@@ -31,7 +31,7 @@ def cost_before(facts: Facts, grid: Grid | None) -> Size:
     """FLOPs of the graph as it is, in ``n0``."""
     total: Size = sympy.Integer(0)
     for effect in facts.effects.values():
-        total += _node_cost(effect, grid, token_symbol(0), token_symbol(0))
+        total += node_cost(effect, grid, token_symbol(0), token_symbol(0))
     return sympy.expand(total)
 
 
@@ -42,8 +42,8 @@ def cost_after(facts: Facts, plan: Pruning, versions: Versions) -> Size:
         inner = _symbol(plan, versions.level[node])
         for version in computed:
             rows = _symbol(plan, version)
-            total += _node_cost(facts.effects[node], plan.grid, rows, inner)
-    return sympy.expand(total + score_cost(facts, plan, versions) + _match_cost(facts, plan))
+            total += node_cost(facts.effects[node], plan.grid, rows, inner)
+    return sympy.expand(total + score_cost(facts, plan, versions) + match_cost(facts, plan))
 
 
 def score_cost(facts: Facts, plan: Pruning, versions: Versions) -> Size:
@@ -66,10 +66,10 @@ def _score_cost(facts: Facts, plan: Pruning, attention: Attention, count: Size) 
     if plan.method.ranking == "class":
         dims = tuple(dim for dim in dims if dim != attention.query_dim)
     keys = plan.grid.resized(attention.key_dim, count)
-    return 2 * keys * _sizes(dims, plan.grid, count)
+    return 2 * keys * sizes(dims, plan.grid, count)
 
 
-def _match_cost(facts: Facts, plan: Pruning) -> Size:
+def match_cost(facts: Facts, plan: Pruning) -> Size:
     """FLOPs of the search for the most similar kept token, over all cuts."""
     if not plan.method.merges:
         return sympy.Integer(0)
@@ -78,7 +78,7 @@ def _match_cost(facts: Facts, plan: Pruning) -> Size:
         node = stage.at if stage.at is not None else plan.found.blocks[stage.block - 1].out
         before, after = (_symbol(plan, v) for v in (_level(stage), stage.number))
         others = [d for d in facts.dims(node) if not plan.grid.carried_by(d)]
-        total += 2 * (before - after) * after * _sizes(tuple(others), plan.grid, before)
+        total += 2 * (before - after) * after * sizes(tuple(others), plan.grid, before)
     return total
 
 
@@ -86,15 +86,15 @@ def _symbol(plan: Pruning, version: int) -> Size:
     return sympy.Integer(0) if version == plan.prefix_only else token_symbol(version)
 
 
-def _node_cost(effect: Effect, grid: Grid | None, rows: Size, inner: Size) -> Size:
+def node_cost(effect: Effect, grid: Grid | None, rows: Size, inner: Size) -> Size:
     return sympy.Add(*(2 * _work_cost(work, grid, rows, inner) for work in effect.work))
 
 
 def _work_cost(work: Work, grid: Grid | None, rows: Size, inner: Size) -> Size:
-    return work.times * _sizes(work.rows, grid, rows) * _sizes(work.inner, grid, inner)
+    return work.times * sizes(work.rows, grid, rows) * sizes(work.inner, grid, inner)
 
 
-def _sizes(dims: Dims, grid: Grid | None, count: Size) -> Size:
+def sizes(dims: Dims, grid: Grid | None, count: Size) -> Size:
     def size(dim: Dim) -> Size:
         return size_of(dim) if grid is None else grid.resized(dim, count)
 

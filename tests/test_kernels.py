@@ -77,10 +77,15 @@ def attentions(draw: st.DrawFn) -> tuple[Any, ...]:
     return query.to(dtype), key.to(dtype), width**-0.5, bias, mask
 
 
-@given(arguments=attentions(), block_bytes=st.sampled_from([1, 400, 3000, kernels.BLOCK_BYTES]))
-def test_attention_received(arguments: tuple[Any, ...], block_bytes: int) -> None:
+@given(
+    arguments=attentions(),
+    block_bytes=st.sampled_from([1, 400, 3000, kernels.BLOCK_BYTES]),
+    block_rows=st.sampled_from([1, 7, kernels.BLOCK_ROWS]),
+)
+def test_attention_received(arguments: tuple[Any, ...], block_bytes: int, block_rows: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "BLOCK_BYTES", block_bytes)
+        patch.setattr(kernels, "BLOCK_ROWS", block_rows)
         found = received(*arguments)
     assert found.dtype == torch.float32
     assert close(found, dense_received(*arguments), TOLERANCES[arguments[0].dtype])

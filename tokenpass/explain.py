@@ -8,11 +8,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from tokenpass import torch_internals as internals
 from tokenpass.budgets import for_flops
+from tokenpass.calibration import Calibration, calibrated
 from tokenpass.errors import OptionError, TokenpassError
 from tokenpass.export import planned
 from tokenpass.gated import gate_graph
@@ -52,8 +53,10 @@ def explain(
     wanted.check_applicable()
     target = internals.original_module(model) or model
     graphs: list[GraphReport] = []
+    devices: list[torch.device] = []
 
     def planning(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        devices.extend(value.device for value in inputs if isinstance(value, Tensor))
         with internals.showing_the_user(OptionError):
             graphs.append(_planned(module, inputs, wanted))
         return module.forward
@@ -64,7 +67,12 @@ def explain(
         raise TokenpassError(
             f"Dynamo captured no graph of {type(target).__name__}: does it run under torch.compile?"
         )
-    return Report(graphs, _outside(target, args, kwargs, graphs))
+    return Report(graphs, _outside(target, args, kwargs, graphs), _machine(devices))
+
+
+def _machine(devices: Sequence[torch.device]) -> Calibration | None:
+    """What is known of the one device that a model runs on."""
+    return calibrated(devices[0]) if len(set(devices)) == 1 else None
 
 
 def budget_for(

@@ -20,6 +20,7 @@ from tokenpass.passes.any_tokens import around_any_tokens
 from tokenpass.passes.check import check_rewrite, check_same_outputs
 from tokenpass.passes.cost import cost_after, cost_before, evaluate
 from tokenpass.passes.functionalise import written_values
+from tokenpass.passes.load import load_after, load_before
 from tokenpass.passes.plan_partial import partial_cost, partial_flops, plan_partial
 from tokenpass.passes.plan_pruning import PATTERN, plan_pruning
 from tokenpass.passes.prune import prune
@@ -249,7 +250,9 @@ def rewrite(
         planned = replace(plan(analysis, method, always=always), batch=analysis.batch_inputs())
         if always or not method.full:
             analysis, planned = _with_partial(analysis, planned, method, module, inputs, always)
-        if planned.plan is None or dry:
+        if dry:
+            return replace(planned, report=_with_loads(analysis, planned))
+        if planned.plan is None:
             return planned
         rewritten = _rewritten(analysis, planned.plan, record)
     except Exception as error:
@@ -257,6 +260,15 @@ def rewrite(
             raise
         return undone(planned, error)
     return replace(planned, module=rewritten)
+
+
+def _with_loads(analysis: Analysis, planned: Rewrite) -> GraphReport:
+    """The report of a plan with what it asks of the machine, which partial pruning does not say."""
+    before = load_before(analysis.facts, analysis.found.grid, analysis.hint)
+    after = before if planned.plan is None else None
+    if isinstance(decided := planned.plan, Pruning):
+        after = load_after(analysis.facts, decided, _versions(analysis, decided), analysis.hint)
+    return replace(planned.report, load=after, load_before=before)
 
 
 def _with_partial(

@@ -15,6 +15,7 @@ from tokenpass.api import (
     stream,
 )
 from tokenpass.backend import backend
+from tokenpass.calibration import Calibration, calibrate
 from tokenpass.cuts import Cut
 from tokenpass.errors import (
     BrokenInvariantError,
@@ -35,6 +36,7 @@ from tokenpass.vision_language import VisionLanguageModel, vlm
 __all__ = [
     "BlockStats",
     "BrokenInvariantError",
+    "Calibration",
     "Cut",
     "Eventful",
     "HiPrune",
@@ -50,6 +52,7 @@ __all__ = [
     "VisionLanguageModel",
     "backend",
     "budget_for",
+    "calibrate",
     "cuts",
     "explain",
     "html_report",

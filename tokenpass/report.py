@@ -14,6 +14,7 @@ from rich.text import Text
 
 from tokenpass import markup
 from tokenpass.blocks import Attention, Block, Mlp
+from tokenpass.calibration import Calibration, Load
 from tokenpass.graph import short_place
 
 WIDTH = 100
@@ -89,6 +90,8 @@ class GraphReport:
         grid: Patch tokens along each axis of their grid; empty if there is none.
         tokens: Patch tokens; ``kept`` of them are left at the end.
         failed: Whether a rewrite was begun and undone.
+        load: What a call asks of the machine, if that was asked; ``load_before`` without the
+            rewrite.
     """
 
     attentions: Sequence[Attention] = ()
@@ -105,6 +108,8 @@ class GraphReport:
     tokens: int = 0
     kept: int = 0
     failed: bool = False
+    load: Load | None = None
+    load_before: Load | None = None
 
     @property
     def changed(self) -> int:
@@ -116,10 +121,17 @@ class GraphReport:
 
 @dataclass(frozen=True)
 class Report:
-    """All graphs of a model, in the order in which they were captured."""
+    """All graphs of a model, in the order in which they were captured.
+
+    Attributes:
+        graphs: One each.
+        extra: What was left alone outside of them.
+        machine: What :func:`tokenpass.calibrate` measured; without it no time is predicted.
+    """
 
     graphs: Sequence[GraphReport]
     extra: Sequence[Refusal] = ()
+    machine: Calibration | None = None
 
     @property
     def attentions(self) -> list[Attention]:
@@ -160,6 +172,22 @@ class Report:
     def flops_before(self) -> int:
         return sum(graph.flops_before for graph in self.graphs)
 
+    @property
+    def predicted_ms(self) -> float | None:
+        """Milliseconds that a call should take under Inductor; ``None`` if nothing is known."""
+        return self._predicted([graph.load for graph in self.graphs])
+
+    @property
+    def predicted_ms_before(self) -> float | None:
+        """The same without the rewrite."""
+        return self._predicted([graph.load_before for graph in self.graphs])
+
+    def _predicted(self, loads: Sequence[Load | None]) -> float | None:
+        known = [load for load in loads if load is not None]
+        if self.machine is None or len(known) < len(loads):
+            return None
+        return 1e3 * sum(self.machine.seconds(load) for load in known)
+
     def __str__(self) -> str:
         return self.text()
 
@@ -199,10 +227,15 @@ class Report:
     def _summary(self) -> str:
         share = self.flops / self.flops_before if self.flops_before else 1.0
         state = "converted" if self.converted else "left as it is"
+        before, after = self.predicted_ms_before, self.predicted_ms
+        predicted = ""
+        if before is not None and after is not None:
+            predicted = f"\npredicted: {before:.1f} -> {after:.1f} ms a call on this machine"
         return (
             f"{_count(self.blocks, 'block')}, {_count(self.attentions, 'attention')}, "
             f"{_count(self.mlps, 'MLP')} in {_count(self.graphs, 'graph')}: {state}.\n"
             f"{_giga(self.flops_before)} -> {_giga(self.flops)} GFLOPs ({share:.3f})"
+            f"{predicted}"
         )
 
 

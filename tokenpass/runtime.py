@@ -152,9 +152,11 @@ class CompiledGraph(Graph[Session]):
         self._target_ms = None
 
     def _variant(self, keep: Budget | None, inputs: Sequence[Any]) -> Variant:
-        key: Any = keep
+        if _same_budget(keep, self._method.keep) and not self._method.full:
+            keep = None
+        key: Any = None if keep is None else (type(keep), keep)
         if keep is not None and self._dynamic:
-            key = (keep, *_shapes(inputs))
+            key = (*key, *_shapes(inputs))
         if key not in self._variants:
             with self._lock:
                 if key not in self._variants:
@@ -196,6 +198,11 @@ def _copied(value: Any) -> Any:
     if isinstance(value, Tensor) and not isinstance(value, torch.nn.Parameter):
         return value.detach().clone()
     return value
+
+
+def _same_budget(one: Budget | None, other: Budget) -> bool:
+    """Whether two budgets are one: 1 is a token, and 1.0 all of them."""
+    return type(one) is type(other) and one == other
 
 
 def _shapes(inputs: Sequence[Any]) -> list[Any]:

@@ -6,11 +6,12 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 Call = Callable[[], Any]
+Name = TypeVar("Name")
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,11 @@ class Times:
 
 
 def interleaved(
-    variants: Mapping[str, Call],
+    variants: Mapping[Name, Call],
     rounds: int,
     warm_up: int = 2,
-    before: Mapping[str, Call] | None = None,
-) -> dict[str, Times]:
+    before: Mapping[Name, Call] | None = None,
+) -> dict[Name, Times]:
     """Time each variant once a round, each round starting with another one.
 
     What slows the machine for a while slows all variants alike.
@@ -59,7 +60,7 @@ def interleaved(
             ready.get(name, _nothing)()
             call()
     names = list(variants)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    seconds: dict[Name, list[float]] = {name: [] for name in names}
     for turn in range(rounds):
         first = turn % len(names)
         for name in names[first:] + names[:first]:

@@ -19,7 +19,16 @@ FOLDERS = {
 }
 
 LAYERS = [
-    {"errors", "reasons", "dims", "kernels", "markup", "plain_kernels"},
+    {
+        "errors",
+        "calibration",
+        "reasons",
+        "dims",
+        "kernels",
+        "markup",
+        "plain_kernels",
+        "triton_kernels",
+    },
     {"torch_internals", "export_torch_internals"},
     {"config", "cuts", "flex", "graph", "grid", "merging", "methods", "timing"},
     {"attention_rows", "native", "running_softmax"},
