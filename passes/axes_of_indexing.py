@@ -62,6 +62,27 @@ def _gather(ctx: RuleContext, node: fx.Node) -> Effect:
     return Effect(What.INDEX, (tuple(outs),), (tuple(seen), tuple(outs)), mixed)
 
 
+def _scatter_add(ctx: RuleContext, node: fx.Node) -> Effect:
+    """Sums of rows: along the other dimensions each position is for itself."""
+    x, index, source = (ctx.dims(operand) for operand in operands(node))
+    summed = position(arguments(node)["dim"], len(x))
+    outs, seen = list(x), list(source)
+    mixed = axes_of([x[summed], source[summed]])
+    for place, (dim, other, chosen) in enumerate(zip(x, source, index, strict=True)):
+        sizes = [size_of(d) for d in ((other,) if place == summed else (dim, other))]
+        if not all(same(size, size_of(chosen)) for size in sizes):
+            return ctx.opaque(node, "sums of some positions only")
+        if place == summed:
+            outs[place] = ctx.fresh(Kind.OPAQUE, size_of(dim), node, data=True)
+            seen[place], lost = join([other, chosen])
+        else:
+            outs[place], lost = join([dim, other, chosen])
+            seen[place] = outs[place]
+        mixed |= lost
+    told = tuple(seen)
+    return Effect(What.INDEX, (tuple(outs),), (tuple(outs), told, told), mixed)
+
+
 def _one_hot(ctx: RuleContext, node: fx.Node) -> Effect:
     (source,) = operands(node)
     classes = shape_of(tensor_of(node))[-1]
@@ -74,5 +95,6 @@ RULES: dict[object, Rule] = {
     aten.index_select: _index_select,
     aten.index: _index,
     aten.gather: _gather,
+    aten.scatter_add: _scatter_add,
     aten.one_hot: _one_hot,
 }

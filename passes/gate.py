@@ -20,7 +20,7 @@ from tokenpass import torch_internals as internals
 from tokenpass.capture import Captured
 from tokenpass.facts import Facts
 from tokenpass.gating import Gating, budget
-from tokenpass.passes.gate_runs import FullRun, IncrementalRun
+from tokenpass.passes.gate_runs import FullRun, IncrementalRun, holding
 from tokenpass.passes.update_attention import AttentionUpdates
 from tokenpass.state import Slot, StateTable
 
@@ -78,6 +78,9 @@ def state_of(facts: Facts, plan: Gating) -> list[Slot]:
                 slots.append(Slot((number, kind, place), shape, value.dtype, value.device))
     for item in plan.attentions:
         slots += AttentionUpdates.slots(facts, plan, item)
+    for number, node in enumerate(holding(facts.graph)):
+        value = node.meta["val"]
+        slots.append(Slot(("held", number), tuple(value.shape), value.dtype, value.device))
     return slots
 
 

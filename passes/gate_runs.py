@@ -12,11 +12,17 @@ from tokenpass.capture import Captured
 from tokenpass.facts import Facts
 from tokenpass.gates import change, let_through, over_threshold, positions_of
 from tokenpass.gating import Gating, needed_nodes
-from tokenpass.graph import operands
+from tokenpass.graph import arguments, operands
+from tokenpass.held import in_places
 from tokenpass.merging import rows_of_all
 from tokenpass.passes.graph_run import GraphRun
 from tokenpass.passes.update_attention import AttentionUpdates
 from tokenpass.state import StateTable
+
+
+def holding(graph: fx.Graph) -> list[fx.Node]:
+    """The cuts of a graph whose tokens keep their places."""
+    return graph.find_nodes(op="call_function", target=torch.ops.tokenpass.hold.default)
 
 
 class GateRun(GraphRun):
@@ -30,6 +36,7 @@ class GateRun(GraphRun):
         self.state = state
         self.updates = AttentionUpdates(facts, plan, state)
         self.attention_of = {item.attention.out: item for item in plan.attentions}
+        self.held = {node: state["held", n] for n, node in enumerate(holding(facts.graph))}
 
     def names_of_state(self, buffers: Iterable[fx.Node]) -> frozenset[fx.Node]:
         """Values that may share memory with the state: ``buffers``, attentions, views of them."""
@@ -53,6 +60,8 @@ class FullRun(GateRun):
         self.env[node] = self.compute(node)
         if item is not None:
             self.updates.record(item, self.env)
+        if node in self.held:
+            self.held[node].copy_(self.env[operands(node)[1]])
 
     def finish(self, output: fx.Node) -> Any:
         for number, region in enumerate(self.plan.regions):
@@ -94,8 +103,18 @@ class IncrementalRun(GateRun):
                 self._gate(number)
         elif node in self.attention_of:
             self.env[node] = self.updates.update(self.attention_of[node], self.env)
+        elif node in self.held:
+            self.env[node] = self._in_their_places(node)
         else:
             self.env[node] = self.compute(node)
+
+    def _in_their_places(self, node: fx.Node) -> Tensor:
+        """What a cut leaves, in the order of the last frame."""
+        kept, positions = (self.env[source] for source in operands(node))
+        held = self.held[node]
+        order = in_places(positions, held, int(arguments(node)["tokens"]))
+        held.copy_(positions.gather(1, order))
+        return kept.gather(1, order)
 
     def finish(self, output: fx.Node) -> Any:
         buffers = [node for region in self.plan.regions for node in region.outputs]

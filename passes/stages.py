@@ -12,6 +12,7 @@ from tokenpass.blocks import Attention
 from tokenpass.dims import Dim
 from tokenpass.facts import Facts
 from tokenpass.graph import arguments
+from tokenpass.held import hold
 from tokenpass.kernels import attention_received
 from tokenpass.layout import Extent, Layout
 from tokenpass.merging import merged_sizes, owners, take
@@ -72,6 +73,9 @@ class Stages:
         safe = before.safe if before else self._safe()
         count = self._layout.extent(stage.count)
         kept = best(safe, scores, count)
+        if self._plan.steady:
+            positions = before.positions.gather(1, kept) if before else kept
+            kept = hold(kept, positions, self._layout.extent(self._plan.grid.count))
         return Survivors(
             count=count,
             kept=kept,

@@ -7,7 +7,7 @@ import sys
 import types
 from typing import TYPE_CHECKING, Any
 
-from tokenpass import incremental, kernels, running_softmax
+from tokenpass import held, incremental, kernels, running_softmax
 
 if TYPE_CHECKING:
     from tokenpass.public import *  # noqa: F403
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-OPERATORS = (kernels, incremental, running_softmax)
+OPERATORS = (held, kernels, incremental, running_softmax)
 """Modules whose import registers operators, for programs that were saved with them."""
 
 FUNCTIONS = ("backend", "cuts", "explain", "report")

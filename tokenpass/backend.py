@@ -9,8 +9,8 @@ from torch import fx
 
 from tokenpass import torch_internals as internals
 from tokenpass.errors import OptionError
-from tokenpass.methods import Eventful, HiPrune, Method
-from tokenpass.options import Inner, Options, Settings, parse_options
+from tokenpass.methods import Eventful, Method
+from tokenpass.options import Inner, Options, Settings, in_turn, parse_options
 from tokenpass.runtime import CompiledGraph
 from tokenpass.streaming import GatedGraph
 
@@ -42,7 +42,7 @@ def tokenpass_backend(
 
 
 def backend(
-    method: Method | None = None,
+    method: Method | Sequence[Method] | None = None,
     *,
     inner: Inner = "inductor",
     always_rewrite: bool = False,
@@ -55,7 +55,8 @@ def backend(
     backend=tokenpass.backend(tokenpass.HiPrune(keep=0.5)))``.
 
     Args:
-        method: What to do with the tokens; default ``HiPrune()``.
+        method: What to do with the tokens; default ``HiPrune()``. ``[HiPrune(...),
+            Eventful(...)]`` prunes the frames of a video and gates what is left of them.
         inner: The backend that the rewritten graph goes to, by name or itself.
         always_rewrite: Rewrite at full budget too, and where the cost model says it does not pay.
         mode: Mode of Inductor.
@@ -66,14 +67,16 @@ def backend(
     Raises:
         OptionError: If one of them is not valid.
     """
+    last, pruning = in_turn(method)
     settings = Settings(
-        method or HiPrune(),
+        last,
         inner,
         always_rewrite,
         mode,
         record_cuts=record_cuts,
         target_flops=target_flops,
         target_ms=target_ms,
+        pruning=pruning,
     )
 
     def tokenpass(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:

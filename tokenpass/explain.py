@@ -18,14 +18,16 @@ from tokenpass.errors import OptionError, TokenpassError
 from tokenpass.export import planned
 from tokenpass.gated import gate_graph
 from tokenpass.methods import Eventful, HiPrune, Method
+from tokenpass.options import Settings, in_turn
 from tokenpass.pipeline import rewrite
+from tokenpass.prune_and_gate import prune_and_gate
 from tokenpass.report import GraphReport, Refusal, Report
 
 
 def explain(
     model: Callable[..., Any] | ExportedProgram,
     *args: Any,
-    method: Method | None = None,
+    method: Method | Sequence[Method] | None = None,
     **kwargs: Any,
 ) -> Report:
     """Plan a method on a model; compile nothing.
@@ -37,7 +39,7 @@ def explain(
         model: A module or a function; a compiled one is explained as it was before. Or a program
             of ``torch.export``, which has its example inputs.
         *args: Its inputs.
-        method: What to plan; default ``HiPrune()``.
+        method: What to plan; default ``HiPrune()``. ``[HiPrune(...), Eventful(...)]`` for both.
         **kwargs: More inputs.
 
     Returns:
@@ -47,10 +49,9 @@ def explain(
         OptionError: If the method does not fit the model.
         TokenpassError: If Dynamo captures no graph at all.
     """
+    settings = _settings(method)
     if isinstance(model, ExportedProgram):
-        return Report([planned(model, method)])
-    wanted = method or HiPrune()
-    wanted.check_applicable()
+        return Report([planned(model, settings.method)])
     target = internals.original_module(model) or model
     graphs: list[GraphReport] = []
     devices: list[torch.device] = []
@@ -58,7 +59,7 @@ def explain(
     def planning(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         devices.extend(value.device for value in inputs if isinstance(value, Tensor))
         with internals.showing_the_user(OptionError):
-            graphs.append(_planned(module, inputs, wanted))
+            graphs.append(_planned(module, inputs, settings))
         return module.forward
 
     traced = torch.compile(_fresh(_call), backend=planning, dynamic=False)
@@ -117,7 +118,15 @@ def _share(method: Method) -> float:
     return float(method.keep if method.keep is not None else 1.0)
 
 
-def _planned(module: fx.GraphModule, inputs: Sequence[Any], method: Method) -> GraphReport:
+def _settings(method: Method | Sequence[Method] | None) -> Settings:
+    last, pruning = in_turn(method)
+    return Settings(last, pruning=pruning)
+
+
+def _planned(module: fx.GraphModule, inputs: Sequence[Any], settings: Settings) -> GraphReport:
+    method, pruning = settings.method, settings.pruning
+    if isinstance(method, Eventful) and pruning is not None:
+        return prune_and_gate(module, inputs, pruning, method, always=False).gated.report
     if isinstance(method, Eventful):
         return gate_graph(module, inputs, method, always=False, dry=True).report
     return rewrite(module, inputs, method, always=False, dry=True).report

@@ -34,6 +34,7 @@ class Gated:
         incremental: The graph that computes what the gates let through.
         slots: The tensors of a stream's state.
         operations: Multiply-adds of a frame, from the rows that each gate let through.
+        flops_full: Floating-point operations of a frame in full; ``None`` for the report's.
     """
 
     report: GraphReport
@@ -42,6 +43,7 @@ class Gated:
     incremental: Traced | None = None
     slots: Sequence[Slot] = ()
     operations: Operations = field(default_factory=Operations)
+    flops_full: int | None = None
 
 
 def plan_gates(analysis: Analysis, method: Eventful, *, always: bool) -> Gated:
@@ -72,6 +74,7 @@ def plan_gates(analysis: Analysis, method: Eventful, *, always: bool) -> Gated:
         ),
         plan,
         operations=work,
+        flops_full=report.flops_before,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,8 @@ class Settings:
 
     Attributes:
         method: What to do with the tokens.
+        pruning: What to do before, where ``method`` is gating: of a video, tokens are left out, and
+            those that are left are computed where they changed.
         inner: The backend that the rewritten graph goes to: a name, or a backend itself.
         always_rewrite: Rewrite at full budget too, and where the cost model says that it does not
             pay.
@@ -44,11 +46,14 @@ class Settings:
     record_cuts: bool = False
     target_flops: float | None = None
     target_ms: float | None = None
+    pruning: HiPrune | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, tuple(METHODS.values())):
             raise OptionError(f"method={self.method!r}: expected one of {_choices(METHODS)}")
         self.method.check_applicable()
+        if self.pruning is not None:
+            self._check_both(self.pruning)
         for name in ("always_rewrite", "record_cuts"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name}={getattr(self, name)!r}: expected True or False")
@@ -62,6 +67,17 @@ class Settings:
             raise OptionError(
                 f"mode={self.mode!r} is Inductor's: it contradicts inner={self.inner!r}"
             )
+
+    def _check_both(self, pruning: HiPrune) -> None:
+        pruning.check_applicable()
+        if pruning.output == "pruned":
+            raise OptionError(
+                'output="pruned" beside Eventful: from frame to frame tokens keep places that are '
+                'not in the order of the grid; take output="restored" and tokenpass.kept'
+            )
+        for name in ("target_flops", "target_ms", "record_cuts"):
+            if getattr(self, name):
+                raise OptionError(f"{name} is for one method, not for pruning and gating together")
 
     def _check_targets(self) -> None:
         flops, ms = self.target_flops, self.target_ms
@@ -80,6 +96,24 @@ class Settings:
                 f"target_ms={ms:g} is for pruning: behind gates each frame has its own time, and "
                 "tokenpass.LatencyTarget(ms).run(compiled, frame) steers the budget"
             )
+
+
+def in_turn(method: Method | Sequence[Method] | None) -> tuple[Method, HiPrune | None]:
+    """The method of a graph, and the pruning before it: ``[HiPrune(...), Eventful(...)]``.
+
+    Raises:
+        OptionError: For any other sequence.
+    """
+    if method is None or isinstance(method, tuple(METHODS.values())):
+        return method or HiPrune(), None
+    given = [*method] if isinstance(method, Sequence) and not isinstance(method, str) else []
+    prunings = [item for item in given if isinstance(item, HiPrune)]
+    gatings = [item for item in given if isinstance(item, Eventful)]
+    if len(given) != 2 or len(prunings) != 1 or len(gatings) != 1:
+        raise OptionError(
+            f"method={method!r}: expected HiPrune(...), Eventful(...), or one of each in a list"
+        )
+    return gatings[0], prunings[0]
 
 
 Options = Mapping[str, Any] | str | os.PathLike[str]
@@ -142,10 +176,11 @@ def parse_options(options: Options | None, mode: str | None = None) -> Settings:
     settings = {name: given.pop(name) for name in list(given) if name in general}
     if mode is not None:
         settings["mode"] = mode
-    if isinstance(method, (HiPrune, Eventful)):
+    if not isinstance(method, str):
         if given:
             raise OptionError(f"{_choices(given)} beside a method object: set them on the object")
-        return Settings(method=method, **settings)
+        last, pruning = in_turn(method)
+        return Settings(method=last, pruning=pruning, **settings)
     if method not in METHODS:
         raise OptionError(f"method={method!r}: choose one of {_choices(METHODS)}")
     fields = {field.name for field in dataclasses.fields(METHODS[method])}

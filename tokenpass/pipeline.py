@@ -227,6 +227,7 @@ def rewrite(
     rewriting: bool = True,
     dry: bool = False,
     record: bool = False,
+    steady: bool = False,
 ) -> Rewrite:
     """Analyse, plan, rewrite and check.
 
@@ -240,6 +241,7 @@ def rewrite(
         rewriting: Whether the grid may be fixed to the one at hand.
         dry: Only plan.
         record: Whether the graph also returns what each cut did.
+        steady: Whether gates follow, in front of which tokens keep their places.
 
     Raises:
         OptionError: If the method does not fit the model.
@@ -254,7 +256,10 @@ def rewrite(
             return replace(planned, report=_with_loads(analysis, planned))
         if planned.plan is None:
             return planned
-        rewritten = _rewritten(analysis, planned.plan, record)
+        decided = planned.plan
+        if steady and isinstance(decided, Pruning):
+            decided = replace(decided, steady=True)
+        rewritten = _rewritten(analysis, decided, record)
     except Exception as error:
         if isinstance(error, OptionError) or internals.steers_compilation(error):
             raise

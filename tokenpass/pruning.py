@@ -44,6 +44,7 @@ class Pruning:
         batch: Factors of the batch.
         anchors: The attention in which anchors are sought, and its block.
         stages: The cuts, in order.
+        steady: Whether tokens keep their places from frame to frame (:mod:`tokenpass.held`).
     """
 
     method: HiPrune
@@ -53,6 +54,7 @@ class Pruning:
     anchors: Attention
     anchor_block: int
     stages: tuple[Stage, ...]
+    steady: bool = False
 
     def count(self, version: int) -> Size:
         """Patch tokens in a version: all of them in 0, those that a stage leaves, none after."""

@@ -18,12 +18,13 @@ from torch import Tensor, fx
 from tokenpass import torch_internals as internals
 from tokenpass.budgets import for_flops
 from tokenpass.errors import TokenpassError, TokenpassWarning
-from tokenpass.gated import Gated, gate_graph
+from tokenpass.gated import Gated
 from tokenpass.gating import budget
 from tokenpass.logs import log, log_compilation
 from tokenpass.methods import Eventful
 from tokenpass.options import Settings
 from tokenpass.pipeline import failed
+from tokenpass.prune_and_gate import Both, prune_and_gate
 from tokenpass.runtime import Run, compile_inner, warn_of_nothing
 from tokenpass.scenes import SceneWatch
 from tokenpass.sessions import Graph, Session, register, siblings
@@ -91,9 +92,9 @@ class Frame:
     @property
     def flops(self) -> int:
         """Floating-point operations of the frame."""
-        report = self.gated.report
         if self.full:
-            return report.flops_before
+            whole = self.gated.flops_full
+            return self.gated.report.flops if whole is None else whole
         return self.gated.operations.flops(self.rows)
 
     @property
@@ -174,11 +175,12 @@ class StreamSession(Session):
 
 @dataclass(frozen=True)
 class Compiled:
-    """The graphs for one signature."""
+    """The graphs for one signature; ``prunes`` if they return kept positions as well."""
 
     gated: Gated
     full: Run
     incremental: Run | None
+    prunes: bool = False
 
 
 class GatedGraph(Graph[StreamSession]):
@@ -255,7 +257,7 @@ class GatedGraph(Graph[StreamSession]):
         session.report = compiled.gated.report
         if compiled.incremental is None:
             stream.frame = Frame(compiled.gated, True, why="nothing is gated")
-            return compiled.full(*inputs)
+            return self._kept(session, compiled, compiled.full(*inputs))
         if stream.signature != signature or not _fits(stream.state, compiled.gated.slots):
             self._begin(stream, signature, compiled)
         why = self._why_full(session, stream, frames)
@@ -270,7 +272,16 @@ class GatedGraph(Graph[StreamSession]):
             stream.finite, *passed = rows
             stream.frame = Frame(compiled.gated, False, passed)
         stream.fresh = ""
-        return outputs
+        return self._kept(session, compiled, outputs)
+
+    @staticmethod
+    def _kept(session: StreamSession, compiled: Compiled, outputs: Any) -> Any:
+        """The original's outputs; what else a pruned graph returns is remembered."""
+        if not compiled.prunes:
+            return outputs
+        *rest, positions = outputs
+        session.kept = positions.sort(dim=1).values
+        return tuple(rest)
 
     def _begin(self, stream: Stream, signature: Signature, compiled: Compiled) -> None:
         if stream.signature:
@@ -330,7 +341,9 @@ class GatedGraph(Graph[StreamSession]):
                 solved = for_flops(self._module, inputs, self._method, share, int)
                 assert isinstance(solved, Eventful)
                 self._method = solved
-            gated = gate_graph(self._module, inputs, self._method, always=always)
+            pruning = self._settings.pruning
+            both = prune_and_gate(self._module, inputs, pruning, self._method, always=always)
+            gated = both.gated
             if gated.full is not None and gated.incremental is not None:
                 self._log(gated)
                 try:
@@ -338,14 +351,17 @@ class GatedGraph(Graph[StreamSession]):
                         compile_inner(self._settings, graph.module, graph.inputs, in_order=True)
                         for graph in (gated.full, gated.incremental)
                     )
-                    return Compiled(gated, full, incremental)
+                    return Compiled(gated, full, incremental, both.prunes)
                 except Exception as error:
                     if internals.steers_compilation(error):
                         raise
                     gated = Gated(failed(gated.report, error))
-            warn_of_nothing(gated.report)
+                    both = Both(gated, self._module, False)
+            if not both.prunes:
+                warn_of_nothing(gated.report)
             self._log(gated)
-            return Compiled(gated, compile_inner(self._settings, self._module, inputs), None)
+            whole = compile_inner(self._settings, both.module, inputs)
+            return Compiled(replace(gated, flops_full=None), whole, None, both.prunes)
 
     def _log(self, gated: Gated) -> None:
         traced = {"full": gated.full, "incremental": gated.incremental}
