@@ -63,7 +63,7 @@ lint: $(VENV)/test  ## ruff and mypy, strict
 	$(BIN)/mypy
 
 docs: $(VENV)/docs  ## The documentation as a site, warnings as errors (writes site/)
-	$(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 bench: $(VENV)/bench  ## Speed, memory and compile time; writes benchmarks/results and the READMEs' tables
 	$(BIN)/python -m benchmarks.run
