@@ -26,7 +26,7 @@ WRONG = {
     f"explain {FILE}:convolution": "has no attention",
     f"image {FILE}:convolution {FILE}": "is no picture",
     f"explain {USER} --input 3,16": "expected channels,height,width",
-    f"explain {USER} --input 3,17,17": "does not run on inputs of shape",
+    f"explain {USER} --input 3,20,20": "does not run on inputs of shape",
     f"explain {USER} --keep 1.5": "keep=1.5: a float is a share",
     f"explain {USER} --keep many": "--keep many: expected a number",
     f"explain {USER} --method prune": "method='prune': choose one of 'eventful', 'hiprune'",

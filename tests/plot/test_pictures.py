@@ -20,7 +20,7 @@ BLACK = np.zeros((4, 6, 3))
 
 def pixels(figure: Figure) -> Any:
     """What the figure shows in its first panel, ``(H, W, 3)``."""
-    return figure.axes[0].images[0].get_array()
+    return np.asarray(figure.axes[0].images[0].get_array())
 
 
 def test_kept_patches_keep_their_colours() -> None:

@@ -248,7 +248,10 @@ def read_labels(path: Path, files: Sequence[Path]) -> dict[str, int]:
     """
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            labels = {Path(row["file"]).name: int(row["label"]) for row in csv.DictReader(file)}
+            rows = csv.DictReader(file)
+            if not {"file", "label"} <= set(rows.fieldnames or ()):
+                raise KeyError("file,label")
+            labels = {Path(row["file"]).name: int(row["label"]) for row in rows}
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror})") from error
     except (KeyError, ValueError, TypeError, csv.Error) as error:
