@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.output_graph
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -119,3 +120,38 @@ def test_images_do_not_see_each_other() -> None:
     for place, image in enumerate(images.split(1)):
         assert relative_error(fast(image), together[place : place + 1]) <= 1e-5
         assert torch.equal(tokenpass.kept(fast)[0], kept[place])
+
+
+class Halting(nn.Module):
+    """A block whose attention comes after something that Dynamo cannot trace."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.joint = nn.Linear(width, 3 * width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.joint(x)[:, None].chunk(3, -1)
+        torch._dynamo.graph_break()
+        attended = nn.functional.scaled_dot_product_attention(q, k, v)
+        return x + attended[:, 0]
+
+
+@torch.no_grad()
+def test_a_graph_that_serves_two_blocks_is_counted_twice() -> None:
+    """Breaks if attention in a graph that runs again counts as attention outside of all graphs."""
+    model = nn.Sequential(Halting(16), Halting(16))
+    report = tokenpass.explain(model, torch.randn(2, 8, 16))
+    assert report.attentions
+    assert not any("ran outside" in item.reason for item in report.refusals)
+
+
+def test_what_torch_cannot_trace_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Breaks if a model that no backend compiles makes ``explain`` crash."""
+
+    def fails(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("no fake value")
+
+    monkeypatch.setattr(torch._dynamo.output_graph.OutputGraph, "compile_subgraph", fails)
+    report = tokenpass.explain(nn.Linear(4, 4), torch.randn(2, 4))
+    assert not report.converted
+    assert "torch.compile itself fails on this model" in report.refusals[-1].reason

@@ -45,6 +45,8 @@ def explain(
     Returns:
         Blocks, tokens, cost and refusals over all graphs that Dynamo makes of the model.
 
+    A model that ``torch.compile`` cannot trace, with any backend, has a refusal that says so.
+
     Raises:
         OptionError: If the method does not fit the model.
         TokenpassError: If Dynamo captures no graph at all.
@@ -54,21 +56,40 @@ def explain(
         return Report([planned(model, settings.method)])
     target = internals.original_module(model) or model
     graphs: list[GraphReport] = []
+    ran: list[GraphReport] = []
     devices: list[torch.device] = []
 
     def planning(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         devices.extend(value.device for value in inputs if isinstance(value, Tensor))
         with internals.showing_the_user(OptionError):
-            graphs.append(_planned(module, inputs, settings))
-        return module.forward
+            graph = _planned(module, inputs, settings)
+        graphs.append(graph)
+
+        def running(*values: Any) -> Any:
+            ran.append(graph)
+            return module.forward(*values)
+
+        return running
 
     traced = torch.compile(_fresh(_call), backend=planning, dynamic=False)
-    traced(target, args, kwargs)
+    try:
+        traced(target, args, kwargs)
+    except Exception as error:
+        if not internals.is_failure_of_dynamo(error):
+            raise
+        return Report(
+            graphs, [Refusal(f"torch.compile itself fails on this model: {_line(error)}")]
+        )
     if not graphs:
         raise TokenpassError(
             f"Dynamo captured no graph of {type(target).__name__}: does it run under torch.compile?"
         )
-    return Report(graphs, _outside(target, args, kwargs, graphs), _machine(devices))
+    return Report(graphs, _outside(target, args, kwargs, ran), _machine(devices))
+
+
+def _line(error: Exception) -> str:
+    """The first line of what an error says."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _machine(devices: Sequence[torch.device]) -> Calibration | None:
@@ -155,24 +176,32 @@ def _outside(
     model: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    graphs: Sequence[GraphReport],
+    ran: Sequence[GraphReport],
 ) -> list[Refusal]:
-    """Attention that ran outside of every graph, which happens after a graph break."""
-    if len(graphs) == 1:
+    """Attention that ran outside of every graph, which happens after a graph break.
+
+    Args:
+        model: What was explained.
+        args: Its inputs.
+        kwargs: More inputs.
+        ran: The graphs in the order of their calls: one graph may serve all blocks of a model.
+    """
+    graphs = len({id(graph) for graph in ran})
+    if graphs == 1:
         return []
-    captured = sum(len(graph.attentions) for graph in graphs)
+    captured = sum(len(graph.attentions) for graph in ran)
     try:
         with internals.counting_attention() as counter:
             model(*args, **kwargs)
     except Exception as error:  # a model may compile parts of itself, which no mode may watch
-        reason = f"attention outside of the {len(graphs)} graphs could not be counted"
+        reason = f"attention outside of the {graphs} graphs could not be counted"
         return [Refusal(f"{reason}: {type(error).__name__}")]
     missing = counter.attentions - captured
     if missing <= 0:
         return []
     return [
         Refusal(
-            f"{missing} of {counter.attentions} attentions ran outside of the {len(graphs)} graphs "
+            f"{missing} of {counter.attentions} attentions ran outside of the {graphs} graphs "
             "that Dynamo captured",
             hint="remove the graph breaks: TORCH_LOGS=graph_breaks shows them",
         )
