@@ -230,7 +230,9 @@ class VisualEncoder:
                 picked.append(pick(self._scored(method, watch, known)))
             return _staying(known, picked[0])
 
-        shortcuts = known.shortcuts if pick else replace(known.shortcuts, rows={})
+        shortcuts = known.shortcuts
+        if pick is None or torch.is_grad_enabled():  # a gradient of 0 times what is no number
+            shortcuts = replace(shortcuts, rows={})
         with watch:
             output = self._run(shortened(self._root, shortcuts, staying), inputs)
         if any(x.device == NO_DATA for x in tensors_in([output["pooler_output"], _fields(output)])):
