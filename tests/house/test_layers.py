@@ -31,7 +31,7 @@ LAYERS = [
     {"answering"},
     {"api", "backend"},
     {"latency"},
-    {"vision_attention", "visual_cells", "prompts"},
+    {"vision_attention", "visual_cells", "visual_output", "prompts"},
     {"visual_grid"},
     {"visual_tokens"},
     {"selectors", "visual_path"},
