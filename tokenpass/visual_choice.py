@@ -13,7 +13,8 @@ from tokenpass.errors import OptionError
 from tokenpass.methods import HiPrune
 from tokenpass.prompts import runs_of
 from tokenpass.selection import token_budget
-from tokenpass.visual_encoder import ENCODER_FIELDS, Encoded, Scored
+from tokenpass.visual_encoder import Encoded, Scored
+from tokenpass.visual_output import ENCODER_FIELDS
 from tokenpass.visual_path import mapped
 from tokenpass.visual_tokens import Selector, VisualTokens, hiprune
 from tokenpass.vlm_protocol import Modality

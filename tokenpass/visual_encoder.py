@@ -21,6 +21,7 @@ from tokenpass.methods import OBJECT_DEPTH, HiPrune, layer_at
 from tokenpass.vision_attention import AttentionWatch, Layer, sequence_lengths
 from tokenpass.visual_cells import Cells, NotReachedError, find_cells
 from tokenpass.visual_grid import Raster, Sizes, rasters
+from tokenpass.visual_output import counts_of, fields_of, images_of
 from tokenpass.visual_path import (
     NO_DATA,
     Shortcuts,
@@ -35,9 +36,6 @@ from tokenpass.visual_tokens import VisualTokens
 
 MAX_TABLE = 4096
 """Elements up to which an integer input is a table whose values decide on shapes."""
-
-ENCODER_FIELDS = ("last_hidden_state", "hidden_states", "attentions", "pooler_output")
-"""Fields of an encoder's output that are not cut along with the visual tokens."""
 
 Key = tuple[Any, ...]
 
@@ -207,7 +205,7 @@ class VisualEncoder:
     ) -> Encoded:
         with AttentionWatch(self._layers(method)) as watch:
             output = self._run(self._root, inputs)
-        if not self._went_as(known, watch) or known.counts != _counts(output):
+        if not self._went_as(known, watch) or known.counts != counts_of(output):
             return self._explore(method, inputs, pick)
         return self._encoded(output, self._scored(method, watch, known), pick)
 
@@ -230,20 +228,24 @@ class VisualEncoder:
                 picked.append(pick(self._scored(method, watch, known)))
             return _staying(known, picked[0])
 
-        shortcuts = known.shortcuts if pick else replace(known.shortcuts, rows={})
+        shortcuts = known.shortcuts
+        if pick is None or torch.is_grad_enabled():  # a gradient of 0 times what is no number
+            shortcuts = replace(shortcuts, rows={})
         with watch:
             output = self._run(shortened(self._root, shortcuts, staying), inputs)
-        if any(x.device == NO_DATA for x in tensors_in([output["pooler_output"], _fields(output)])):
+        if any(
+            x.device == NO_DATA for x in tensors_in([output["pooler_output"], fields_of(output)])
+        ):
             raise TakenAnotherWayError
         output = only_with_data(output)
-        if not self._went_as(known, watch) or known.counts != _counts(output):
+        if not self._went_as(known, watch) or known.counts != counts_of(output):
             raise TakenAnotherWayError
         images = self._scored(method, watch, known)
         if not picked:
             return self._encoded(output, images, pick)
         encoded = self._encoded(output, images, None)
         stays = _staying(known, picked[0])
-        used = [torch.cat(encoded.features), *tensors_in(_fields(output))]
+        used = [torch.cat(encoded.features), *tensors_in(fields_of(output))]
         if any(x[stays].isnan().any() for x in used if len(x) == len(stays)):
             raise TakenAnotherWayError
         return replace(encoded, picked=picked[0])
@@ -280,7 +282,7 @@ class VisualEncoder:
                     "visual tokens come out of a resampler, whose queries are no image tokens: no "
                     "attention among image tokens ranks them"
                 )
-            further = [x for x in tensors_in(_fields(output)) if x.requires_grad]
+            further = [x for x in tensors_in(fields_of(output)) if x.requires_grad]
             shortcuts = find_shortcuts(self._root, watch.calls, rows, further, self._alone)
         made = (cells.sizes > 0).split([len(x) for x in features])
         pruned = tuple(one.nonzero().squeeze(1) for one in made)
@@ -350,33 +352,6 @@ def _staying(known: Structure, picked: Sequence[Tensor]) -> Tensor:
         leaves[mine + start] = True
         leaves[mine[stays] + start] = False
     return ~leaves
-
-
-def _fields(output: Any) -> list[Any]:
-    """What of a path's result runs along the visual tokens, but the tokens themselves."""
-    return [output[name] for name in output if name not in ENCODER_FIELDS]
-
-
-def _counts(output: Any) -> tuple[int, ...]:
-    return tuple(map(len, images_of(output)))
-
-
-def images_of(output: Any) -> list[Tensor]:
-    """The visual tokens of each image, ``(M, D)``, in what a path returned; or of all in one."""
-    found = getattr(output, "pooler_output", None)
-    if isinstance(found, Tensor) and found.dim() == 2:
-        return [found]
-    if isinstance(found, Tensor) and found.dim() == 3:
-        return list(found)
-    if isinstance(found, (list, tuple)) and all(
-        isinstance(x, Tensor) and x.dim() == 2 for x in found
-    ):
-        return list(found)
-    shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-    raise TokenpassError(
-        "the image features must be (images, tokens, width), (tokens, width) or a list of such in "
-        f"pooler_output; found {shape}"
-    )
 
 
 @contextlib.contextmanager

@@ -47,7 +47,7 @@ LAYERS = [
     {"answering"},
     {"api", "backend"},
     {"latency", "plot", "report_page"},
-    {"vision_attention", "visual_cells", "prompts"},
+    {"vision_attention", "visual_cells", "visual_output", "prompts"},
     {"visual_grid"},
     {"visual_tokens"},
     {"selectors", "visual_path"},

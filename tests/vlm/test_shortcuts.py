@@ -113,7 +113,7 @@ def test_what_hooks_are_given_and_what_is_left() -> None:
 
 
 def test_gradients_of_later_calls() -> None:
-    """Breaks if weights get no gradient, or another one, through the rows that were computed."""
+    """Breaks if gradients run through rows that were not computed, and become no numbers."""
     model, inputs = FAMILIES["llava"].build(), prompts(FAMILIES["llava"], [1, 1])
     fast = tokenpass.vlm(model, HiPrune(keep=0.3))
     weights = [
