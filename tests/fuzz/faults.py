@@ -197,7 +197,7 @@ FAULTS = {
     "leaves old token counts in reshapes": Fault(Conversions, "literals", _old_counts),
     "does not write what a gate computed": Fault(IncrementalRun, "_gate", _nothing_written, GATED),
     "writes behind a gate for one image only": Fault(
-        gate_runs, "flat", _rows_of_the_first_image, GATED
+        gate_runs, "rows_of_all", _rows_of_the_first_image, GATED
     ),
     "forgets which rows of a table a gate needs": Fault(
         RowLayout, "meet", _table_of_the_first_rows, TURNED

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 import tokenpass
 from tests import tiny
-from tokenpass import pipeline
+from tokenpass import analysis, pipeline
 from tokenpass.errors import TokenpassWarning
 from tokenpass.passes.prune import prune
 
@@ -64,7 +64,7 @@ ANALYSING = ["capture", "functionalise", "label_axes", "find_blocks"]
 
 @pytest.mark.parametrize("step", [*REWRITING, *ANALYSING])
 def test_a_step_that_raises(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, step, fails)
+    monkeypatch.setattr(analysis if step in ANALYSING else pipeline, step, fails)
     fast, model = compiled()
     held_to_account(fast, model, "SeededError: on purpose")
 
@@ -123,8 +123,8 @@ CASES = [(name, "restored") for name in WRONG] + [("other channels", "pruned")]
 def test_a_wrong_graph(name: str, output: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fault, reason = WRONG[name]
 
-    def broken(*args: Any) -> fx.GraphModule:
-        module = prune(*args)
+    def broken(*args: Any, **kwargs: Any) -> fx.GraphModule:
+        module = prune(*args, **kwargs)
         (node,) = module.graph.find_nodes(op="output")
         node.args = (fault(module, node),)
         return module
