@@ -42,7 +42,7 @@ def share(method: Method) -> float:
         (tokenpass.HiPrune(), 0.8),
         (tokenpass.HiPrune(dropped="discard"), 0.7),
         (tokenpass.HiPrune(stages=((1, 0.8), (3, 0.4))), 0.75),
-        (tokenpass.Eventful(), 0.6),
+        (tokenpass.Eventful(), 0.8),
     ],
     ids=["merge", "discard", "stages", "gates"],
 )
@@ -80,14 +80,14 @@ def test_compiled_within_a_share() -> None:
 
 
 def test_gates_compiled_within_a_share() -> None:
-    options = {"inner": "eager", "method": "eventful", "target_flops": 0.6, "scene_cut": None}
+    options = {"inner": "eager", "method": "eventful", "target_flops": 0.8, "scene_cut": None}
     fast = torch.compile(encoder(), backend="tokenpass", options=options)
     with torch.no_grad():
         for _ in range(2):
             fast(torch.randn(1, 3, SIDE, SIDE))
     stats = tokenpass.stats(fast)
     assert not stats.computed_in_full
-    assert 0.4 * stats.flops_before < stats.flops <= 0.6 * stats.flops_before
+    assert 0.4 * stats.flops_before < stats.flops <= 0.8 * stats.flops_before
 
 
 def test_a_share_that_is_all() -> None:

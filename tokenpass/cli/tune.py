@@ -74,7 +74,7 @@ def command(
         loaded = load(model, input, weights).check()
     with working("planning"):
         report = planned(loaded, settings.method)
-    if not report.converted and not settings.always_rewrite:
+    if not (report.converted or settings.always_rewrite or settings.method.full):
         reasons = "; ".join(dict.fromkeys(item.reason for item in report.refusals))
         raise InputError(f"{model} is left as it is: {reasons}")
     if loaded.random:
