@@ -29,7 +29,7 @@ LAYERS = [
         "plain_kernels",
         "triton_kernels",
     },
-    {"torch_internals", "export_torch_internals"},
+    {"torch_internals", "compiler_torch_internals", "export_torch_internals"},
     {"config", "cuts", "flex", "graph", "grid", "merging", "methods", "timing"},
     {"attention_rows", "native", "running_softmax"},
     {"axis_rule", "blocks", "capture", "facts", "gates", "layout", "options"},
