@@ -51,7 +51,7 @@ LAYERS = [
     {"visual_grid"},
     {"visual_tokens"},
     {"selectors", "visual_path"},
-    {"visual_encoder"},
+    {"visual_encoder", "visual_inputs"},
     {"vlm_protocol"},
     {"vlm_caches", "vlm_compiled", "vlm_cost", "visual_choice"},
     {"vision_language"},
