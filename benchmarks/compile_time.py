@@ -20,7 +20,7 @@ from benchmarks.environment import device
 from benchmarks.plots import Plot
 from benchmarks.reference_models import vit_small
 from benchmarks.suite import Case, Column, Suite
-from tokenpass import torch_internals as internals
+from tokenpass import compiler_torch_internals as compiler_internals
 
 DEPTHS = (12, 24, 48)
 WARM_UP_DEPTH = 2
@@ -49,7 +49,7 @@ class Stopwatch:
 
     def _compile_inner(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         start = time.perf_counter()
-        run = internals.inner_compile(self._name, module, inputs, None)
+        run = compiler_internals.inner_compile(self._name, module, inputs, None)
         self.inner += time.perf_counter() - start
         return run
 

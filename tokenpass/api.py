@@ -10,7 +10,7 @@ from typing import Any, overload
 
 from torch import Tensor
 
-from tokenpass import torch_internals as internals
+from tokenpass import compiler_torch_internals as compiler_internals
 from tokenpass.answering import Answering
 from tokenpass.cuts import Cut
 from tokenpass.errors import NothingRecordedError, OptionError
@@ -290,7 +290,7 @@ def _last_call(compiled: Any) -> list[Session]:
 
 
 def _backend(compiled: Any) -> object:
-    backend = internals.backend_of(compiled)
+    backend = compiler_internals.backend_of(compiled)
     if backend is None:
         raise NothingRecordedError(
             f"{type(compiled).__name__} is not a compiled model: pass what "
@@ -300,7 +300,7 @@ def _backend(compiled: Any) -> object:
 
 
 def _sessions(compiled: Any) -> list[tuple[Graph[Any], Session]]:
-    model = internals.original_module(compiled)
+    model = compiler_internals.original_module(compiled)
     graphs = graphs_of(_backend(compiled))
     found = [(graph, session) for graph in graphs for session in graph.sessions(model)]
     if not found:

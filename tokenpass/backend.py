@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx
 
-from tokenpass import torch_internals as internals
+from tokenpass import compiler_torch_internals as compiler_internals
 from tokenpass.errors import OptionError
 from tokenpass.methods import Eventful, Method
 from tokenpass.options import Inner, Options, Settings, in_turn, parse_options
@@ -37,7 +37,7 @@ def tokenpass_backend(
     Raises:
         OptionError: For an unknown option or value.
     """
-    with internals.showing_the_user(OptionError):
+    with compiler_internals.showing_the_user(OptionError):
         return _compile(module, parse_options(options, mode), inputs)
 
 
@@ -80,7 +80,7 @@ def backend(
     )
 
     def tokenpass(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        with internals.showing_the_user(OptionError):
+        with compiler_internals.showing_the_user(OptionError):
             return _compile(module, settings, inputs)
 
     return tokenpass
@@ -89,6 +89,6 @@ def backend(
 def _compile(
     module: fx.GraphModule, settings: Settings, inputs: Sequence[Any]
 ) -> CompiledGraph | GatedGraph:
-    frame, owner = internals.frame_number(), internals.compiling_backend()
+    frame, owner = compiler_internals.frame_number(), compiler_internals.compiling_backend()
     made = GatedGraph if isinstance(settings.method, Eventful) else CompiledGraph
     return made(module, settings, inputs, owner, frame)

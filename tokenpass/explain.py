@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
+from tokenpass import compiler_torch_internals as compiler_internals
 from tokenpass import torch_internals as internals
 from tokenpass.budgets import for_flops
 from tokenpass.calibration import Calibration, calibrated
@@ -54,14 +55,14 @@ def explain(
     settings = _settings(method)
     if isinstance(model, ExportedProgram):
         return Report([planned(model, settings.method)])
-    target = internals.original_module(model) or model
+    target = compiler_internals.original_module(model) or model
     graphs: list[GraphReport] = []
     ran: list[GraphReport] = []
     devices: list[torch.device] = []
 
     def planning(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         devices.extend(value.device for value in inputs if isinstance(value, Tensor))
-        with internals.showing_the_user(OptionError):
+        with compiler_internals.showing_the_user(OptionError):
             graph = _planned(module, inputs, settings)
         graphs.append(graph)
 
@@ -75,7 +76,7 @@ def explain(
     try:
         traced(target, args, kwargs)
     except Exception as error:
-        if not internals.is_failure_of_dynamo(error):
+        if not compiler_internals.is_failure_of_dynamo(error):
             raise
         return Report(
             graphs, [Refusal(f"torch.compile itself fails on this model: {_line(error)}")]
@@ -118,12 +119,12 @@ def budget_for(
         TokenpassError: If Dynamo captures no graph at all.
     """
     wanted = method or HiPrune()
-    target = internals.original_module(model) or model
+    target = compiler_internals.original_module(model) or model
     solved: list[Method] = []
 
     def solving(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         hint = partial(internals.size_hint, internals.current_fake_mode())
-        with internals.showing_the_user(OptionError):
+        with compiler_internals.showing_the_user(OptionError):
             solved.append(for_flops(module, inputs, wanted, target_flops, hint))
         return module.forward
 

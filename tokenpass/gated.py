@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from tokenpass import torch_internals as internals
+from tokenpass import compiler_torch_internals as compiler_internals
 from tokenpass.analysis import Analysis, Inputs, analyse
 from tokenpass.blocks import NoMatch
 from tokenpass.errors import NotUnderstoodError, OptionError
@@ -129,7 +129,7 @@ def gate_graph(
         full, incremental = (gate(captured, facts, plan, slots, full=f) for f in (True, False))
         check_gated(captured, full, incremental)
     except Exception as error:
-        if isinstance(error, OptionError) or internals.steers_compilation(error):
+        if isinstance(error, OptionError) or compiler_internals.steers_compilation(error):
             raise
         if isinstance(error, NotUnderstoodError):
             return Gated(refused(planned.report, Refusal(str(error))))

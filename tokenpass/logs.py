@@ -13,7 +13,7 @@ from functools import partial
 
 from torch import fx
 
-from tokenpass import torch_internals as internals
+from tokenpass import compiler_torch_internals as compiler_internals
 from tokenpass.report import GraphReport, Report
 
 log = logging.getLogger("tokenpass")
@@ -22,7 +22,7 @@ log = logging.getLogger("tokenpass")
 def log_compilation(
     report: GraphReport,
     graphs: Mapping[str, fx.GraphModule],
-    compilation: internals.Compilation | None,
+    compilation: compiler_internals.Compilation | None,
 ) -> None:
     """Say what was made of a graph.
 
@@ -32,12 +32,14 @@ def log_compilation(
         compilation: Dynamo's, which may be over.
     """
     log.info("%s", summary(report))
-    internals.trace_artifact("tokenpass_report", lambda: str(Report((report,))), compilation)
+    compiler_internals.trace_artifact(
+        "tokenpass_report", lambda: str(Report((report,))), compilation
+    )
     for name, module in graphs.items():
         text = partial(_readable, module)
         if log.isEnabledFor(logging.DEBUG):
             log.debug("graph, %s:\n%s", name, text())
-        internals.trace_artifact(f"tokenpass_graph_{name}", text, compilation)
+        compiler_internals.trace_artifact(f"tokenpass_graph_{name}", text, compilation)
 
 
 def summary(report: GraphReport) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tokenpass import torch_internals as internals
+from tokenpass import compiler_torch_internals as compiler_internals
 from tokenpass.config import read_config, within
 from tokenpass.errors import OptionError
 from tokenpass.methods import Eventful, HiPrune, Method
@@ -58,7 +58,7 @@ class Settings:
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name}={getattr(self, name)!r}: expected True or False")
         self._check_targets()
-        names = internals.backend_names()
+        names = compiler_internals.backend_names()
         if not callable(self.inner) and self.inner not in names:
             raise OptionError(f"inner={self.inner!r}: choose one of {_choices(names)}")
         if self.inner == "tokenpass":

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
-from tokenpass import torch_internals as internals
+from tokenpass import compiler_torch_internals as compiler_internals
 from tokenpass.analysis import Analysis, Inputs, analyse, for_these_sizes
 from tokenpass.blocks import Block, NoMatch
 from tokenpass.errors import NotUnderstoodError, OptionError, TokenpassWarning
@@ -261,7 +261,7 @@ def rewrite(
             decided = replace(decided, steady=True)
         rewritten = _rewritten(analysis, decided, record)
     except Exception as error:
-        if isinstance(error, OptionError) or internals.steers_compilation(error):
+        if isinstance(error, OptionError) or compiler_internals.steers_compilation(error):
             raise
         return undone(planned, error)
     return replace(planned, module=rewritten)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from tokenpass import compiler_torch_internals as compiler_internals
 from tokenpass import torch_internals as internals
 from tokenpass.budgets import LEAST, for_flops, for_milliseconds
 from tokenpass.cuts import from_outputs
@@ -178,7 +179,7 @@ class CompiledGraph(Graph[Session]):
                 run = self._inner(result.module, inputs)
                 return Variant(run, result.report, True, (), records)
             except Exception as error:
-                if internals.steers_compilation(error):
+                if compiler_internals.steers_compilation(error):
                     raise
                 result = undone(result, error)
         self._log(result)
@@ -212,11 +213,14 @@ def _shapes(inputs: Sequence[Any]) -> list[Any]:
 def compile_inner(
     settings: Settings, module: fx.GraphModule, inputs: Sequence[Any], *, in_order: bool = False
 ) -> Run:
-    """Hand a graph to the inner backend; see :func:`~tokenpass.torch_internals.inner_compile`."""
+    """Hand a graph to the inner backend.
+
+    See :func:`~tokenpass.compiler_torch_internals.inner_compile`.
+    """
     if callable(settings.inner):
         return settings.inner(module, list(inputs))  # type: ignore[no-any-return]
     mode = settings.mode
-    return internals.inner_compile(settings.inner, module, inputs, mode, in_order=in_order)
+    return compiler_internals.inner_compile(settings.inner, module, inputs, mode, in_order=in_order)
 
 
 def warn_of_nothing(report: GraphReport) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils.weak import WeakIdKeyDictionary
 
-from tokenpass import torch_internals as internals
+from tokenpass import compiler_torch_internals as compiler_internals
 from tokenpass.cuts import Cut
 from tokenpass.methods import Budget, Method
 from tokenpass.options import Settings
@@ -138,7 +138,7 @@ class Graph(Generic[AnySession]):
         self._kind = kind
         self._sessions = Sessions(self._session, inputs, frame)
         self._lock = threading.Lock()
-        self._compilation = internals.compilation_id()
+        self._compilation = compiler_internals.compilation_id()
 
     @property
     def method(self) -> Method:

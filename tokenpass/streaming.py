@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from tokenpass import compiler_torch_internals as compiler_internals
 from tokenpass import torch_internals as internals
 from tokenpass.budgets import for_flops
 from tokenpass.errors import TokenpassError, TokenpassWarning
@@ -353,7 +354,7 @@ class GatedGraph(Graph[StreamSession]):
                     )
                     return Compiled(gated, full, incremental, both.prunes)
                 except Exception as error:
-                    if internals.steers_compilation(error):
+                    if compiler_internals.steers_compilation(error):
                         raise
                     gated = Gated(failed(gated.report, error))
                     both = Both(gated, self._module, False)

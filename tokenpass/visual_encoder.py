@@ -9,7 +9,7 @@ finds what each visual token is made of (:mod:`tokenpass.visual_cells`) and what
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +20,8 @@ from tokenpass.errors import OptionError, TokenpassError
 from tokenpass.methods import OBJECT_DEPTH, HiPrune, layer_at
 from tokenpass.vision_attention import AttentionWatch, Layer, sequence_lengths
 from tokenpass.visual_cells import Cells, NotReachedError, find_cells
-from tokenpass.visual_grid import Raster, Sizes, rasters
+from tokenpass.visual_grid import Raster, rasters
+from tokenpass.visual_inputs import Key, key_of, recorded, recording, sizes_of
 from tokenpass.visual_output import counts_of, fields_of, images_of
 from tokenpass.visual_path import (
     NO_DATA,
@@ -33,11 +34,6 @@ from tokenpass.visual_path import (
     tensors_in,
 )
 from tokenpass.visual_tokens import VisualTokens
-
-MAX_TABLE = 4096
-"""Elements up to which an integer input is a table whose values decide on shapes."""
-
-Key = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -135,7 +131,7 @@ class VisualEncoder:
         """
         if not self._depth:
             self._measure(method, inputs)
-        known = self._known.get(_key(inputs))
+        known = self._known.get(key_of(inputs))
         if known is None:
             return self._explore(method, inputs, pick)
         if not known.shortcuts:
@@ -145,7 +141,7 @@ class VisualEncoder:
         except TokenpassError:
             raise
         except Exception:  # whatever a model does with what is not there: it runs in full instead
-            self._known[_key(inputs)] = known = replace(known, shortcuts=Shortcuts())
+            self._known[key_of(inputs)] = known = replace(known, shortcuts=Shortcuts())
             return self._in_full(method, inputs, pick, known)
 
     def forget(self) -> None:
@@ -190,11 +186,11 @@ class VisualEncoder:
     def _explore(self, method: HiPrune, inputs: Mapping[str, Any], pick: Pick | None) -> Encoded:
         """The first run for inputs of some shapes, under autograd."""
         watch = AttentionWatch(self._layers(method), self._deep)
-        with _recording(), watch:
-            output = self._run(self._root, _recorded(inputs))
+        with recording(), watch:
+            output = self._run(self._root, recorded(inputs))
             features = images_of(output)
         known = self._structure(output, features, watch, inputs)
-        self._known[_key(inputs)] = known
+        self._known[key_of(inputs)] = known
         starts = watch.sorted_layers[self._deep - 1].outputs
         if not torch.is_grad_enabled() or all(start.is_leaf for start in starts):
             output = mapped(output, lambda x: x.detach())
@@ -288,13 +284,7 @@ class VisualEncoder:
         pruned = tuple(one.nonzero().squeeze(1) for one in made)
         known = Structure(cells, tuple(map(len, features)), pruned, (), shortcuts)
         flat = [mine + start for mine, start in zip(pruned, known.starts, strict=True)]
-        return replace(known, places=tuple(rasters(cells, flat, self._sizes(inputs))))
-
-    def _sizes(self, inputs: Mapping[str, Any]) -> Sizes:
-        tensors = [value for value in inputs.values() if isinstance(value, Tensor)]
-        pictures = [tuple(x.shape[-2:]) for x in tensors if x.is_floating_point() and x.dim() >= 4]
-        tables = [x for x in tensors if _is_table(x) and x.dim() == 2 and x.shape[1] in (2, 3)]
-        return Sizes(tuple((int(h), int(w)) for h, w in pictures), tuple(tables), self._patch)
+        return replace(known, places=tuple(rasters(cells, flat, sizes_of(inputs, self._patch))))
 
     def _scored(self, method: HiPrune, watch: AttentionWatch, known: Structure) -> list[Scored]:
         """The visual tokens of each image, without their features."""
@@ -352,35 +342,3 @@ def _staying(known: Structure, picked: Sequence[Tensor]) -> Tensor:
         leaves[mine + start] = True
         leaves[mine[stays] + start] = False
     return ~leaves
-
-
-@contextlib.contextmanager
-def _recording() -> Iterator[None]:
-    """Autograd can be switched on inside, even under inference mode; the mode is put back."""
-    grad = torch.is_grad_enabled()
-    with torch.inference_mode(False), torch.set_grad_enabled(grad):
-        yield
-
-
-def _recorded(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Inputs that autograd can work with: tensors of inference mode are copied."""
-    made: dict[str, Any] = mapped(dict(inputs), lambda x: x.clone() if x.is_inference() else x)
-    return made
-
-
-def _is_table(x: Tensor) -> bool:
-    return not x.is_floating_point() and x.dtype != torch.bool and x.numel() <= MAX_TABLE
-
-
-def _key(inputs: Mapping[str, Any]) -> Key:
-    """Shapes of the inputs and values of tables: inputs with equal keys have equal structure."""
-
-    def part(value: Any) -> Any:
-        if isinstance(value, (list, tuple)):
-            return tuple(part(x) for x in value)
-        if not isinstance(value, Tensor):
-            return value
-        table = tuple(value.flatten().tolist()) if _is_table(value) else None
-        return (tuple(value.shape), value.dtype, value.device, table)
-
-    return tuple((name, part(value)) for name, value in sorted(inputs.items()))

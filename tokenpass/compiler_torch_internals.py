@@ -1,0 +1,157 @@
+"""The part of the door to private torch APIs that leads to Dynamo and to other backends.
+
+Tried on torch 2.13; :mod:`tokenpass.torch_internals` stops the import on another version.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import fx
+from torch._guards import CompileContext, CompileId
+
+Compiled = Callable[..., Any]
+
+Compilation: TypeAlias = CompileId
+"""Which compilation of Dynamo something belongs to."""
+
+
+# ---------------------------------------------------------------- backends (2.13)
+
+
+@contextlib.contextmanager
+def showing_the_user(kind: type[Exception]) -> Iterator[None]:
+    """Let exceptions of a kind reach the caller of a compiled model as what they are.
+
+    Dynamo wraps what a backend raises, unless it is a ``ShortenTraceback``.
+    """
+    from torch._dynamo.exc import ShortenTraceback
+
+    try:
+        yield
+    except kind as error:
+        shown = type(type(error).__name__, (ShortenTraceback, type(error)), {})
+        raise shown(*error.args, first_useful_frame=None) from None
+
+
+def frame_number() -> int | None:
+    """Which frame the running compilation is of; compiling a frame anew keeps its number."""
+    compilation = compilation_id()
+    return compilation.frame_id if compilation else None
+
+
+def compilation_id() -> Compilation | None:
+    """The compilation of Dynamo that is running."""
+    return CompileContext.current_compile_id()
+
+
+def steers_compilation(error: Exception) -> bool:
+    """Whether an exception is how Dynamo and its backends steer compilation, and no failure."""
+    from torch._dynamo.exc import RestartAnalysis, SkipFrame
+
+    return isinstance(error, (RestartAnalysis, SkipFrame))
+
+
+def is_failure_of_dynamo(error: Exception) -> bool:
+    """Whether Dynamo itself failed while it traced, which it does with any backend."""
+    from torch._dynamo.exc import InternalTorchDynamoError
+
+    return isinstance(error, InternalTorchDynamoError)
+
+
+def backend_names() -> list[str]:
+    """The backends that ``torch.compile`` knows by name."""
+    from torch._dynamo.backends.registry import list_backends
+
+    return sorted(list_backends(exclude_tags=()))
+
+
+def inner_compile(
+    name: str,
+    module: fx.GraphModule,
+    inputs: Sequence[Any],
+    mode: str | None,
+    *,
+    in_order: bool = False,
+) -> Compiled:
+    """Hand a graph to another torch.compile backend.
+
+    Args:
+        name: Of the backend.
+        module: The graph.
+        inputs: Example inputs.
+        mode: Of ``torch.compile``, for Inductor.
+        in_order: Whether what is read before it is written must stay so. Inductor moves operations
+            towards what needs them; if a read passes a write that way, all that is written is
+            copied first.
+    """
+    from torch._dynamo.backends.registry import lookup_backend
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    if name == "inductor":
+        patches = {**list_mode_options(mode)} if mode else {}
+        if in_order:
+            patches["reorder_for_locality"] = False
+        return compile_fx(module, inputs, config_patches=patches)  # type: ignore[return-value]
+    return lookup_backend(name)(module, list(inputs))
+
+
+def compiling_backend() -> object | None:
+    """The backend object of the ``torch.compile`` call whose graph is being compiled."""
+    from torch._dynamo.eval_frame import innermost_backend
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        translator = InstructionTranslator.current_tx()
+    except AttributeError:
+        return None
+    return innermost_backend(translator.output.compiler_fn)  # type: ignore[arg-type]
+
+
+def backend_of(compiled: Any) -> object | None:
+    """The backend object behind what ``torch.compile`` returned, or behind ``module.compile()``."""
+    from torch._dynamo.eval_frame import OptimizedModule, innermost_backend
+
+    if isinstance(compiled, OptimizedModule):
+        return innermost_backend(compiled.dynamo_ctx.callback)  # type: ignore[arg-type]
+    call = getattr(compiled, "_compiled_call_impl", None) or compiled
+    if not inspect.isfunction(call):
+        return None
+    callback = inspect.getclosurevars(call).nonlocals.get("callback")
+    return innermost_backend(callback) if callback is not None else None
+
+
+def original_module(compiled: Any) -> torch.nn.Module | None:
+    """The user's module inside a compiled one."""
+    from torch._dynamo.eval_frame import OptimizedModule
+
+    if isinstance(compiled, OptimizedModule):
+        return compiled._orig_mod
+    return compiled if isinstance(compiled, torch.nn.Module) else None
+
+
+# ---------------------------------------------------------------- logging (2.13)
+
+
+def trace_artifact(name: str, text: Callable[[], str], compilation: Compilation | None) -> None:
+    """A text for ``TORCH_TRACE`` and tlparse, under the compilation that it belongs to.
+
+    Args:
+        name: Of the artifact.
+        text: Makes it; not called unless a trace is written.
+        compilation: From :func:`compilation_id`, for what is compiled after Dynamo is done.
+    """
+    from torch._logging import trace_structured
+
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": name, "encoding": "string"},
+        payload_fn=text,
+        compile_id=compilation,
+        expect_trace_id=False,
+    )
