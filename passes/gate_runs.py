@@ -114,7 +114,8 @@ class IncrementalRun(GateRun):
         held = self.held[node]
         order = in_places(positions, held, int(arguments(node)["tokens"]))
         held.copy_(positions.gather(1, order))
-        return kept.gather(1, order)
+        placed: Tensor = kept.gather(1, order)
+        return placed
 
     def finish(self, output: fx.Node) -> Any:
         buffers = [node for region in self.plan.regions for node in region.outputs]

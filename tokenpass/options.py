@@ -104,8 +104,10 @@ def in_turn(method: Method | Sequence[Method] | None) -> tuple[Method, HiPrune |
     Raises:
         OptionError: For any other sequence.
     """
-    if method is None or isinstance(method, tuple(METHODS.values())):
-        return method or HiPrune(), None
+    if method is None:
+        return HiPrune(), None
+    if isinstance(method, (HiPrune, Eventful)):
+        return method, None
     given = [*method] if isinstance(method, Sequence) and not isinstance(method, str) else []
     prunings = [item for item in given if isinstance(item, HiPrune)]
     gatings = [item for item in given if isinstance(item, Eventful)]
