@@ -38,4 +38,5 @@ def flops_share(fast: Any) -> float:
         reasons = "; ".join(item.reason for item in report.refusals)
         raise RuntimeError(f"the model was left as it is: {reasons}")
     stats = tokenpass.stats(fast)
-    return stats.flops / stats.flops_before
+    share: float = stats.flops / stats.flops_before
+    return share

@@ -39,7 +39,8 @@ def _variant(row: Row) -> str:
         "random": "random tokens, keep",
         "tokenpass": "tokenpass, keep",
     }
-    name = names.get(row["variant"], row["variant"])
+    variant: str = row["variant"]
+    name = names.get(variant, variant)
     return name if row["budget"] is None else f"{name} {row['budget']:g}"
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ def measure(wanted: argparse.Namespace) -> Iterator[Case]:
             size = side * PATCH
             images = torch.randn(batch, 3, size, size, device=device())
             encoder = torch.compile(vit_small(size=size).to(device()))
-            variants["encoder"] = lambda encoder=encoder, images=images: encoder(images)
+            variants["encoder"] = partial(encoder, images)
         with torch.inference_mode():
             times = interleaved(variants, wanted.rounds, warm_up=1)
         row = {"layers": LAYERS, **timed(times["scores"], times.get("encoder"))}

@@ -128,7 +128,8 @@ def variants(model: Any, inputs: dict[str, Tensor]) -> dict[str, Variant]:
 def flops(call: Callable[[], Any]) -> int:
     with FlopCounterMode(display=False) as counter:
         call()
-    return counter.get_total_flops()
+    total: int = counter.get_total_flops()
+    return total
 
 
 def row(name: str, first: dict[str, Times], further: dict[str, Times], share: float) -> Any:

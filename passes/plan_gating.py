@@ -88,8 +88,8 @@ def _attentions(
     for match in attentions:
         number = _region_of(match, regions)
         if number is None:
-            reason = reasons.dense(reasons.SEVERAL_GATES)
-            misses.append(NoMatch(PATTERN, reason, (match.softmax,)))
+            several = reasons.dense(reasons.SEVERAL_GATES)
+            misses.append(NoMatch(PATTERN, several, (match.softmax,)))
             continue
         reason = _why_dense(facts, match, regions[number], varying, method.attention)
         if reason:

@@ -40,7 +40,7 @@ def wrap(kind: str) -> nn.Module:
     if kind == "ddp":
         return DistributedDataParallel(model())
     if kind == "split ddp":
-        return DistributedDataParallel(model(), bucket_cap_mb=1e-3)  # type: ignore[arg-type]
+        return DistributedDataParallel(model(), bucket_cap_mb=1e-3)
     wrapped = model()
     mesh = init_device_mesh("cpu", (PROCESSES,))
     if kind == "fsdp blocks":

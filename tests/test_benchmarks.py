@@ -6,6 +6,7 @@ other rows, a result overwrites that of another case, or a table in a README was
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 from pathlib import Path
@@ -64,10 +65,13 @@ def test_a_suite_measures_writes_and_draws(
         for size in wanted.sizes:
             yield {"size": size}, [{"value": size * wanted.rounds, "nothing": None}]
 
+    def options(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--sizes", type=int, nargs="+")
+
     made_up = Suite(
         "made-up",
         "nothing",
-        lambda parser: parser.add_argument("--sizes", type=int, nargs="+"),
+        options,
         measure,
         (Column("size", "size"), Column("value", "value", ".1f"), Column("no", "nothing", ".1f")),
         Plot(("size", "size"), ("value", "value"), by=()),

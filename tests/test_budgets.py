@@ -19,11 +19,15 @@ from tokenpass.options import parse_options
 
 SIDE = 16
 TOKENS = (SIDE // tiny.PATCH) ** 2
-EAGER = {"inner": "eager", "always_rewrite": True}
+EAGER: dict[str, Any] = {"inner": "eager", "always_rewrite": True}
 
 
 def encoder() -> torch.nn.Module:
     return tiny.Encoder([tiny.Block() for _ in range(4)], side=SIDE)
+
+
+def compiled_with(model: torch.nn.Module, **options: Any) -> Any:
+    return torch.compile(model, backend="tokenpass", options=options)
 
 
 def images(batch: int = 1) -> torch.Tensor:
@@ -65,7 +69,7 @@ def test_the_largest_budget_within_a_share(method: Method, target: float) -> Non
 def test_compiled_within_a_share() -> None:
     """Breaks if what is compiled has another budget than the one that is planned."""
     model = encoder()
-    options = {**EAGER, "target_flops": 0.8}
+    options: dict[str, Any] = {**EAGER, "target_flops": 0.8}
     fast = torch.compile(model, backend="tokenpass", options=options)
     typed = torch.compile(model, backend=tokenpass.backend(target_flops=0.8, **EAGER))
     expected = tokenpass.budget_for(model, images(), target_flops=0.8)
@@ -80,8 +84,8 @@ def test_compiled_within_a_share() -> None:
 
 
 def test_gates_compiled_within_a_share() -> None:
-    options = {"inner": "eager", "method": "eventful", "target_flops": 0.8, "scene_cut": None}
-    fast = torch.compile(encoder(), backend="tokenpass", options=options)
+    options = {"method": "eventful", "target_flops": 0.8, "scene_cut": None}
+    fast = compiled_with(encoder(), inner="eager", **options)
     with torch.no_grad():
         for _ in range(2):
             fast(torch.randn(1, 3, SIDE, SIDE))
@@ -93,9 +97,7 @@ def test_gates_compiled_within_a_share() -> None:
 def test_a_share_that_is_all() -> None:
     """Breaks if the whole budget is not the untouched model."""
     model = encoder()
-    fast = torch.compile(
-        model, backend="tokenpass", options={"target_flops": 1.0, "inner": "eager"}
-    )
+    fast = compiled_with(model, target_flops=1.0, inner="eager")
     with torch.no_grad():
         assert torch.equal(fast(images()), model(images()))
     assert tokenpass.kept(fast).shape == (1, TOKENS)
@@ -103,7 +105,7 @@ def test_a_share_that_is_all() -> None:
 
 def test_what_cannot_be_reached_is_said() -> None:
     """Breaks if a budget is used that costs more than asked for."""
-    fast = torch.compile(encoder(), backend="tokenpass", options={"target_flops": 0.05})
+    fast = compiled_with(encoder(), target_flops=0.05)
     with torch.no_grad(), pytest.raises(OptionError, match=r"out of reach.*still costs 0\.\d+"):
         fast(images())
     method = tokenpass.HiPrune(where="output")
@@ -114,7 +116,7 @@ def test_what_cannot_be_reached_is_said() -> None:
 def test_a_model_that_is_left_as_it_is() -> None:
     """Breaks if a budget for a graph without tokens is an error."""
     model = torch.nn.Linear(3, 3)
-    fast = torch.compile(model, backend="tokenpass", options={**EAGER, "target_flops": 0.5})
+    fast = compiled_with(model, **EAGER, target_flops=0.5)
     with torch.no_grad(), pytest.warns(tokenpass.TokenpassWarning, match="nothing to convert"):
         assert torch.equal(fast(torch.ones(1, 3)), model(torch.ones(1, 3)))
 
@@ -157,8 +159,8 @@ def test_compiled_for_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("tokenpass.runtime.for_milliseconds", found)
     model = encoder()
-    fast = torch.compile(model, backend="tokenpass", options={**EAGER, "target_ms": 3})
-    reference = torch.compile(model, backend="tokenpass", options={**EAGER, "keep": 0.5})
+    fast = compiled_with(model, **EAGER, target_ms=3)
+    reference = compiled_with(model, **EAGER, keep=0.5)
     with torch.no_grad():
         for _ in range(2):
             assert torch.equal(fast(images()), reference(images()))
@@ -190,7 +192,7 @@ def test_budgets_that_contradict_are_named(options: dict[str, Any], words: str) 
         parse_options(options)
 
 
-ROWS = [
+ROWS: list[dict[str, Any]] = [
     {"keep": 0.5, "flops": 0.8, "ms": 15.0, "loss": 0.25},
     {"keep": 0.36, "flops": 0.7, "ms": None, "loss": 0.5},
     {"keep": 0.25, "flops": 0.6, "ms": 12.0, "loss": 2.0},
@@ -215,7 +217,8 @@ def test_a_file_is_read_as_it_was_written(config: Path) -> None:
 def test_a_file_is_the_options(config: Path) -> None:
     """Breaks if one of the three ways to name a file gives another budget."""
     model = encoder()
-    for options in (str(config), config, {"config": str(config)}):
+    ways: tuple[Any, ...] = (str(config), config, {"config": str(config)})
+    for options in ways:
         fast = torch.compile(model, backend="tokenpass", options=options)
         with torch.no_grad():
             fast(images())
@@ -262,8 +265,8 @@ def test_a_file_beside_a_budget(config: Path) -> None:
 def test_cuts_are_told(dropped: str) -> None:
     """Breaks if a cut's tokens or owners are those of another cut, or change the outputs."""
     model, options = encoder(), {**EAGER, "keep": 0.25, "dropped": dropped}
-    plain = torch.compile(model, backend="tokenpass", options=options)
-    fast = torch.compile(model, backend="tokenpass", options={**options, "record_cuts": True})
+    plain = compiled_with(model, **options)
+    fast = compiled_with(model, **options, record_cuts=True)
     with torch.no_grad():
         assert torch.equal(plain(images(2)), fast(images(2)))
     cuts = tokenpass.cuts(fast)

@@ -34,7 +34,8 @@ class WrittenOut(tiny.Attention):
     """Attention as two products around a softmax."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1) @ v
+        scores: Tensor = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+        return scores.softmax(-1) @ v
 
 
 def explained(keep: float, attention: tiny.Part = tiny.Attention) -> tokenpass.Report:

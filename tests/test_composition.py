@@ -147,13 +147,14 @@ def test_autocast_around_the_call() -> None:
 def test_parameters_of_another_model() -> None:
     """Breaks if a graph holds the parameters that it was compiled with."""
     model, other = tiny.encoder(), tiny.encoder()
-    parameters = dict(other.named_parameters())
+    parameters: dict[str, Tensor] = dict(other.named_parameters())
+    own: dict[str, Tensor] = dict(model.named_parameters())
 
     def call(values: dict[str, Tensor], x: Tensor) -> Any:
         return torch.func.functional_call(model, values, (x,))
 
     fast = torch.compile(call, backend=tokenpass.backend(FULL, inner="eager", always_rewrite=True))
-    for values, wanted in ((dict(model.named_parameters()), model), (parameters, other)):
+    for values, wanted in ((own, model), (parameters, other)):
         close(fast(values, images()), wanted(images()))
 
 
@@ -170,7 +171,7 @@ def test_vmap_over_a_compiled_model() -> None:
 
 
 @pytest.mark.parametrize("options", [{"dynamic": True}, {"fullgraph": True}], ids=str)
-def test_options_of_torch_compile(options: dict[str, bool]) -> None:
+def test_options_of_torch_compile(options: dict[str, Any]) -> None:
     model = tiny.encoder()
     fast = compiled(model, **options)
     for count in (2, 3, 5):

@@ -35,6 +35,8 @@ METHODS = {
 class Everything(nn.Module):
     """Buffers, lifted constants, two outputs, regions of autocast and without gradients."""
 
+    shift: Tensor
+
     def __init__(self, cast: bool = True) -> None:
         super().__init__()
         self.encoder = tiny.encoder(depth=4)

@@ -38,7 +38,7 @@ class Encoder(nn.Module):
         self.options = options
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.embed(images).flatten(2).transpose(1, 2)
+        x: Tensor = self.embed(images).flatten(2).transpose(1, 2)
         for joint, out in zip(self.joint, self.out, strict=True):
             q, k, v = joint(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
             attended = flex_attention(q, k, v, **self.options)

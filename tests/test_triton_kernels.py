@@ -122,9 +122,9 @@ def test_kernels_on_a_gpu() -> None:
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
     query, key = (torch.randn(2, 6, 197, 64, device="cuda") for _ in range(2))
-    arguments = (query, key, 0.125, torch.rand(2, 197, device="cuda"), None)
-    found = kernels.attention_received(*arguments)
+    bias = torch.rand(2, 197, device="cuda")
+    found = kernels.attention_received(query, key, 0.125, bias, None)
     expected = kernels.composed_attention_received(
-        *(x.double() if isinstance(x, torch.Tensor) else x for x in arguments)
+        query.double(), key.double(), 0.125, bias.double(), None
     )
     assert torch.allclose(found.double(), expected.double(), rtol=1e-4, atol=1e-7)

@@ -128,7 +128,7 @@ def _linear(device: torch.device) -> float:
 def _attention(device: torch.device) -> float:
     joint = torch.randn(IMAGES // 4, LONG, 3, HEADS, WIDTH // HEADS, device=device)
     query, key, value = joint.permute(2, 0, 3, 1, 4)
-    operations = 2 * 2 * query.numel() * LONG
+    operations: int = 2 * 2 * query.numel() * LONG
 
     def attention() -> Tensor:
         return functional.scaled_dot_product_attention(query, key, value)

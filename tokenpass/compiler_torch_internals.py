@@ -146,7 +146,7 @@ def trace_artifact(name: str, text: Callable[[], str], compilation: Compilation 
         text: Makes it; not called unless a trace is written.
         compilation: From :func:`compilation_id`, for what is compiled after Dynamo is done.
     """
-    from torch._logging import trace_structured
+    from torch._logging._internal import trace_structured
 
     trace_structured(
         "artifact",

@@ -170,7 +170,9 @@ def parse_options(options: Options | None, mode: str | None = None) -> Settings:
         OptionError: For a name or a value that does not exist, naming the choices, and where
             several options say how many tokens stay.
     """
-    given = {"config": options} if isinstance(options, (str, os.PathLike)) else dict(options or {})
+    given: dict[str, Any] = (
+        {"config": options} if isinstance(options, (str, os.PathLike)) else dict(options or {})
+    )
     one_budget(given)
     given = _from_file(given)
     method = given.pop("method", "hiprune")

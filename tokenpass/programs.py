@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any, cast
 
 from torch import fx
 from torch.export import ExportedProgram
@@ -85,7 +87,7 @@ def _join_regions(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         last = kept[-1] if kept else node
         if internals.is_exit_autocast(last.target) and _enters_as(node, last.args[0]):
-            node.replace_all_uses_with(last.args[0])  # type: ignore[arg-type]
+            node.replace_all_uses_with(last.args[0])
             _erase(graph, node, kept.pop())
         elif internals.is_exit_autocast(node.target) and node.args[0] is last:
             _erase(graph, node, kept.pop())
@@ -113,9 +115,14 @@ def _signature(before: ExportGraphSignature, graph: fx.Graph) -> ExportGraphSign
         input_specs=list(before.input_specs),
         output_specs=[
             _renamed(spec, value)
-            for spec, value in zip(before.output_specs, graph.output_node().args[0], strict=True)
+            for spec, value in zip(before.output_specs, _outputs(graph), strict=True)
         ],
     )
+
+
+def _outputs(graph: fx.Graph) -> Sequence[Any]:
+    """What a graph returns: nodes, and constants."""
+    return cast(Sequence[Any], graph.output_node().args[0])
 
 
 def _renamed(spec: OutputSpec, value: object) -> OutputSpec:
@@ -127,7 +134,7 @@ def _renamed(spec: OutputSpec, value: object) -> OutputSpec:
 def _check(original: fx.Graph, graph: fx.Graph, specs: list[OutputSpec]) -> None:
     for node in graph.find_nodes(op="get_attr"):
         raise BrokenInvariantError(f"{node.target}: a constant that the program does not have")
-    pairs = zip(original.output_node().args[0], graph.output_node().args[0], strict=True)
+    pairs = zip(_outputs(original), _outputs(graph), strict=True)
     for spec, (before, after) in zip(specs, pairs, strict=True):
         if spec.kind is OutputKind.USER_OUTPUT:
             continue

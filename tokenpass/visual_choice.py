@@ -83,7 +83,7 @@ def choose(
     ]
     runs = [length for lengths in _runs(modality, arguments, encoded.images) for length in lengths]
     mask = torch.cat(masks)
-    by_image = [part.nonzero().squeeze(1).to(kept[0].device) for part in mask.split(runs)]
+    by_image = [part.nonzero().squeeze(1).to(kept[0].device) for part in torch.split(mask, runs)]
     output = _cut_output(encoded, kept, features)
     return Chosen(modality, encoded.output, output, by_image, mask)
 

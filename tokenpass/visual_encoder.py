@@ -280,7 +280,7 @@ class VisualEncoder:
                 )
             further = [x for x in tensors_in(fields_of(output)) if x.requires_grad]
             shortcuts = find_shortcuts(self._root, watch.calls, rows, further, self._alone)
-        made = (cells.sizes > 0).split([len(x) for x in features])
+        made = torch.split(cells.sizes > 0, [len(x) for x in features])
         pruned = tuple(one.nonzero().squeeze(1) for one in made)
         known = Structure(cells, tuple(map(len, features)), pruned, (), shortcuts)
         flat = [mine + start for mine, start in zip(pruned, known.starts, strict=True)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -133,7 +134,8 @@ def test_tune_writes_what_it_measured(
         assert image.width == 600
     if named[0] == USER:
         model, images = models.classifier()
-        fast = torch.compile(model, backend="tokenpass", options=str(out))
+        config: Any = str(out)
+        fast = torch.compile(model, backend="tokenpass", options=config)
         with torch.no_grad():
             fast(images)
         stats = tokenpass.stats(fast)

@@ -72,7 +72,15 @@ def test_wheel_works_in_a_clean_environment(built: Path, tmp_path: Path) -> None
     venv.create(tmp_path / "clean", with_pip=False)
     python = tmp_path / "clean" / "bin" / "python"
     (wheel,) = built.glob("*.whl")
-    install = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet"]
+    install: list[str | Path] = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        python,
+        "install",
+        "--quiet",
+    ]
     subprocess.run([*install, "--no-deps", "--no-index", wheel], check=True)
     (packages,) = (tmp_path / "clean").glob("lib/python*/site-packages")
     ours = [entry for entry in sys.path if entry.endswith("site-packages")]

@@ -72,7 +72,7 @@ def test_kept_tokens_are_what_a_model_compiled_for_the_budget_keeps() -> None:
     assert [choice.keep for choice in found] == list(KEEPS)
     for choice in found[:-1]:
         torch._dynamo.reset()
-        options = {"keep": choice.keep, "inner": "eager"}
+        options: dict[str, Any] = {"keep": choice.keep, "inner": "eager"}
         alone = torch.compile(model, backend="tokenpass", options=options)
         with torch.no_grad():
             alone(images)

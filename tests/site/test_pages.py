@@ -98,7 +98,7 @@ def known(words: list[str]) -> bool:
         case ["pip", "install", *packages]:
             own = [re.fullmatch(r"tokenpass(?:\[(.*)\])?", package) for package in packages]
             asked = [extra for match in own if match and match[1] for extra in match[1].split(",")]
-            return set(asked) <= EXTRAS.keys()
+            return set(asked) <= set(EXTRAS)
         case ["python", "-m", module, *_]:
             return importlib.util.find_spec(module) is not None
         case ["python", script]:

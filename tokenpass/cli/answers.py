@@ -43,5 +43,5 @@ def agreement(found: Tensor, expected: Tensor) -> Tensor:
     """
     if classifies(expected):
         return (found.argmax(1) == expected.argmax(1)).double()
-    flat = (answer.double().flatten(1) for answer in (found, expected))
-    return functional.cosine_similarity(*flat, dim=1)
+    first, second = (answer.double().flatten(1) for answer in (found, expected))
+    return functional.cosine_similarity(first, second, dim=1)

@@ -39,16 +39,17 @@ def opened(source: str) -> Iterator[av.container.InputContainer]:
     Raises:
         InputError: If it cannot be opened, or has no pictures.
     """
-    name, options = source, {}
+    name = source
+    form: str | None = None
     if source.isdigit():
-        pattern, options["format"] = CAMERAS.get(platform.system(), CAMERAS["Linux"])
+        pattern, form = CAMERAS.get(platform.system(), CAMERAS["Linux"])
         name = pattern.format(source)
     elif not Path(source).is_file():
         raise InputError(f"there is no file {source}")
     try:
-        container = av.open(name, **options)
+        container = av.open(name, format=form)
     except Exception as error:
-        kind = f"camera {source} cannot be opened" if options else f"{source} is no video"
+        kind = f"camera {source} cannot be opened" if form else f"{source} is no video"
         raise InputError(f"{kind} ({described(error)})") from error
     with container:
         if not container.streams.video:

@@ -165,8 +165,8 @@ class Curve:
 
     def _scores(self, batch: Batch, answer: Tensor, expected: Tensor) -> list[float]:
         if batch.labels is None:
-            return agreement(answer, expected).tolist()  # type: ignore[no-any-return]
-        return (answer.argmax(1).cpu() == batch.labels).double().tolist()  # type: ignore[no-any-return]
+            return agreement(answer, expected).tolist()
+        return (answer.argmax(1).cpu() == batch.labels).double().tolist()
 
     def time(self, images: Sequence[Tensor], rounds: int) -> float:
         """Time every budget, compiled as it will be used; sets ``ms`` of the rows.

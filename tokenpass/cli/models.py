@@ -90,7 +90,7 @@ class Loaded:
         return self
 
     def _inputs(self) -> dict[int | str, Any]:
-        return {**dict(enumerate(self.args)), **self.kwargs}
+        return dict[int | str, Any]([*enumerate(self.args), *self.kwargs.items()])
 
     def _place(self) -> int | str:
         for key, value in self._inputs().items():
