@@ -263,6 +263,18 @@ def counting_attention() -> AttentionCounter:
     return AttentionCounter()
 
 
+# ---------------------------------------------------------------- hooks (2.13)
+
+
+def remove_global_hook(handle: Any) -> None:
+    """Remove a hook of all modules; torch leaves behind that it takes keyword arguments.
+
+    What is left makes every call of a compiled module warn of global hooks.
+    """
+    handle.remove()
+    torch.nn.modules.module._global_forward_hooks_with_kwargs.pop(handle.id, None)
+
+
 # ---------------------------------------------------------------- compiled code (2.13)
 
 

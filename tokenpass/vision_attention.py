@@ -23,6 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.modules import module as modules
 from torch.overrides import TorchFunctionMode
 
+from tokenpass import torch_internals as internals
 from tokenpass.kernels import attention_received
 
 SOFTMAX = (torch.softmax, Tensor.softmax, torch.nn.functional.softmax)
@@ -110,7 +111,7 @@ class AttentionWatch(TorchFunctionMode):
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         for hook in self._hooks:
-            hook.remove()
+            internals.remove_global_hook(hook)
 
     @property
     def sorted_layers(self) -> list[Layer]:
