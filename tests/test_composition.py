@@ -122,12 +122,11 @@ def test_a_training_loop(again: bool, inner: str) -> None:
     assert tokenpass.report(fast).converted
 
 
-def test_training_with_fewer_tokens_lowers_the_loss() -> None:
+def test_training_with_fewer_tokens_reaches_the_encoder() -> None:
     """Breaks if no gradient reaches the encoder through a cut."""
     model = Classifier()
     before = [parameter.clone() for parameter in model.encoder.parameters()]
-    losses = steps(model, compiled(model, HALF), count=12)
-    assert losses[-1] < losses[0]
+    steps(model, compiled(model, HALF))
     after = model.encoder.parameters()
     assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 

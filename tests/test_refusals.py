@@ -41,14 +41,6 @@ class NoActivation(tiny.Mlp):
         return out
 
 
-class TalkingBehind(tiny.Attention):
-    """Probabilities of a query are smoothed over the keys."""
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        maps = (q @ k.mT).softmax(-1)
-        return (maps / maps.cumsum(-1).amax(-1, keepdim=True)) @ v
-
-
 class BiasOfTheInput(tiny.Attention):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         bias = q.sum(-1, keepdim=True) * k.sum(-1)[:, :, None]
@@ -93,10 +85,8 @@ CASES = {
     ),
     "pooling": Case(lambda: Encoder([Block(), Block(), Latent()]), reasons.POOLING),
     "not added": Case(lambda: Encoder([NotAdded(), NotAdded()]), reasons.NOT_ADDED),
-    "no block": Case(lambda: Encoder([NotAdded(), NotAdded()]), reasons.NO_BLOCK),
     "no activation": Case(lambda: of_parts(mlp=NoActivation), reasons.LINEAR_ONLY),
     "in place": Case(lambda: Encoder([InPlace(), InPlace()]), reasons.WRITTEN),
-    "probabilities": Case(lambda: of_parts(TalkingBehind), reasons.MIXED_MAPS),
     "no class token": Case(
         lambda: Encoder([Block(), Block()], prefix=0),
         reasons.NO_CLASS_TOKEN,

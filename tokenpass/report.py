@@ -288,5 +288,5 @@ def _refusal_table(refusals: Sequence[Refusal], width: int) -> Table:
     for (reason, hint), items in alike.items():
         more = f", +{len(items) - 1}" if len(items) > 1 else ""
         what = f"{reason}\n  -> {hint}" if hint else reason
-        table.add_row(Text(what), items[0].node + more, short_place(items[0].place))
+        table.add_row(Text(what), items[0].node, short_place(items[0].place) + more)
     return table
