@@ -157,6 +157,7 @@ def test_parameters_of_another_model() -> None:
         close(fast(values, images()), wanted(images()))
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 def test_vmap_over_a_compiled_model() -> None:
     """Breaks if a transform around the model gets other numbers, rewritten or not."""
     model = tiny.encoder()
