@@ -262,7 +262,7 @@ def test_prefill_flops_are_those_of_the_language_model() -> None:
 
 def hooks_of(model: nn.Module) -> int:
     found = [h for m in model.modules() for h in (m._forward_hooks, m._forward_pre_hooks)]
-    everywhere = bool(nn.modules.module._has_any_global_hook())  # type: ignore[no-untyped-call]
+    everywhere = bool(nn.modules.module._has_any_global_hook())
     return sum(map(len, found)) + everywhere
 
 
