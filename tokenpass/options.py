@@ -113,7 +113,8 @@ def in_turn(method: Method | Sequence[Method] | None) -> tuple[Method, HiPrune |
     gatings = [item for item in given if isinstance(item, Eventful)]
     if len(given) != 2 or len(prunings) != 1 or len(gatings) != 1:
         raise OptionError(
-            f"method={method!r}: expected HiPrune(...), Eventful(...), or one of each in a list"
+            f"method={method!r}: choose one of {_choices(METHODS)}, or pass HiPrune(...), "
+            "Eventful(...), or one of each in a list"
         )
     return gatings[0], prunings[0]
 
