@@ -19,6 +19,8 @@ from tests import tiny
 
 PROCESSES = 2
 IMAGES = 4
+BUCKET_BYTES = 2**10
+"""So few that a model has several buckets, and graphs."""
 
 
 def model() -> nn.Module:
@@ -40,7 +42,9 @@ def wrap(kind: str) -> nn.Module:
     if kind == "ddp":
         return DistributedDataParallel(model())
     if kind == "split ddp":
-        return DistributedDataParallel(model(), bucket_cap_mb=1e-3)
+        # others may not be smaller than the first
+        dist._DEFAULT_FIRST_BUCKET_BYTES = BUCKET_BYTES  # type: ignore[attr-defined]
+        return DistributedDataParallel(model(), bucket_cap_mb=BUCKET_BYTES / 2**20)
     wrapped = model()
     mesh = init_device_mesh("cpu", (PROCESSES,))
     if kind == "fsdp blocks":
@@ -50,26 +54,32 @@ def wrap(kind: str) -> nn.Module:
     return wrapped
 
 
-def main(kind: str, keep: float, rank: int, folder: Path) -> None:
-    """Gradients of one step on this process's share of the images."""
-    torch.set_num_threads(1)
-    store = f"file://{folder / 'store'}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=PROCESSES)
+def gradients(kind: str, keep: float, rank: int) -> tuple[dict[str, torch.Tensor], bool]:
+    """Of one step on this process's share of the images, and whether the model was rewritten."""
+    torch.compiler.reset()
     wrapped = wrap(kind)
     fast = compiled(wrapped, keep)
     share = tiny.images(IMAGES).chunk(PROCESSES)[rank]
     fast(share).square().mean().backward()
-    gradients = {
+    found = {
         name.removeprefix("module."): whole(parameter.grad)
         for name, parameter in wrapped.named_parameters()
         if parameter.grad is not None
     }
+    return found, tokenpass.report(fast).converted
+
+
+def main(rank: int, folder: Path, keep: float, kinds: list[str]) -> None:
+    """All that process ``rank`` of the two has to do; the first writes down what they found."""
+    torch.set_num_threads(1)
+    store = f"file://{folder / 'store'}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=PROCESSES)
+    found = {kind: gradients(kind, keep, rank) for kind in kinds}
     if rank == 0:
-        found = {"gradients": gradients, "converted": tokenpass.report(fast).converted}
         torch.save(found, folder / "found.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], float(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
+    main(int(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3]), sys.argv[4:])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
@@ -103,6 +104,7 @@ def inner_compile(
 
 def compiling_backend() -> object | None:
     """The backend object of the ``torch.compile`` call whose graph is being compiled."""
+    from torch._dynamo.backends.distributed import DDPOptimizer
     from torch._dynamo.eval_frame import innermost_backend
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
@@ -110,7 +112,11 @@ def compiling_backend() -> object | None:
         translator = InstructionTranslator.current_tx()
     except AttributeError:
         return None
-    return innermost_backend(translator.output.compiler_fn)  # type: ignore[arg-type]
+    backend = innermost_backend(translator.output.compiler_fn)  # type: ignore[arg-type]
+    splitter = getattr(backend, "__self__", None)
+    if isinstance(splitter, DDPOptimizer):  # stands before the backend while DDP runs
+        return innermost_backend(splitter.backend_compile_fn)
+    return backend
 
 
 def backend_of(compiled: Any) -> object | None:
@@ -133,6 +139,20 @@ def original_module(compiled: Any) -> torch.nn.Module | None:
     if isinstance(compiled, OptimizedModule):
         return compiled._orig_mod
     return compiled if isinstance(compiled, torch.nn.Module) else None
+
+
+def parameters_in_graphs(model: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """A model's parameters, and what graphs take in their place: where FSDP shards them, they are
+    put together in others for each call."""
+    yield from model.parameters()
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return
+    for module in model.modules():
+        if isinstance(module, fsdp.FSDPModule):
+            for group in module._get_fsdp_state()._fsdp_param_groups:
+                for each in group.fsdp_params:
+                    yield getattr(each, "_unsharded_param", each.sharded_param)
 
 
 # ---------------------------------------------------------------- logging (2.13)

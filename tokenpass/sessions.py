@@ -108,7 +108,8 @@ class Sessions(Generic[AnySession]):
             return [self._anonymous]
         if model is None:
             return list(self._known.values())
-        return [self._known[p] for p in model.parameters() if p in self._known]
+        found = compiler_internals.parameters_in_graphs(model)
+        return [self._known[p] for p in found if p in self._known]
 
 
 class Graph(Generic[AnySession]):

@@ -113,6 +113,21 @@ def test_video_writes_every_frame(run: Run, named: list[str], clips: Path, tmp_p
         assert image.width == 600
 
 
+@pytest.mark.slow
+def test_programs_for_a_fixed_number_of_pictures(run: Run, photos: Path, tmp_path: Path) -> None:
+    """Breaks if other numbers of pictures reach a program that was exported for three."""
+    model, images = models.classifier()
+    path, out = tmp_path / "three.pt2", tmp_path / "tokenpass.toml"
+    torch.export.save(torch.export.export(model, (images.expand(3, -1, -1, -1),)), path)
+    ended = run("tune", path, "--data", photos, "--max-loss", 100, "--keeps", "0.5", "--rounds", 0,
+                "--out", out, "--figure", tmp_path / "figure.png", *EAGER, "--json")  # fmt: skip
+    assert ended.code == 0, ended.err
+    assert ended.data["images"] == 3
+    assert "the last 1 are left out" in ended.err
+    picture = next(photos.iterdir())
+    run("image", path, picture, "--out", tmp_path).refused("takes 3 pictures at a time")
+
+
 @every_form
 def test_tune_writes_what_it_measured(
     run: Run, named: list[str], photos: Path, tmp_path: Path

@@ -69,7 +69,7 @@ def command(
         raise InputError("image draws pruning: for gates there is `tokenpass video`")
     paths = pictures_in(images)
     with working(f"loading {model}"):
-        loaded = load(model, input, weights).check()
+        loaded = load(model, input, weights).check().one_by_one()
     size = size_of(loaded)
     photos = [read(path, *size) for path in paths]
     with working("planning"):

@@ -24,6 +24,7 @@ PREFIX = "tokenpass_file_"
 """Of the name under which a user's file is imported: Dynamo looks modules up by their names."""
 
 DEFAULT_SHAPE = (3, 224, 224)
+PICTURE_DIMS = 4
 SEED = 0
 
 Shape = tuple[int, ...]
@@ -40,6 +41,7 @@ class Loaded:
         kwargs: More inputs.
         mean: Of the channels of a picture; with ``std`` how it is normalised.
         random: Whether the weights are random.
+        batch: How many pictures it takes at a time; ``None``: any number.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Loaded:
     mean: tuple[float, ...] = MEAN
     std: tuple[float, ...] = STD
     random: bool = False
+    batch: int | None = None
 
     @property
     def images(self) -> Tensor:
@@ -72,6 +75,19 @@ class Loaded:
         kwargs = {key: value for key, value in inputs.items() if isinstance(key, str)}
         return function(*args, **kwargs)
 
+    def one_by_one(self) -> Loaded:
+        """The same, where it takes one picture at a time.
+
+        Raises:
+            InputError: If it takes another number.
+        """
+        if self.batch not in (None, 1):
+            raise InputError(
+                f"{self.name} takes {self.batch} pictures at a time: export it for one, "
+                "or for any number (dynamic_shapes)"
+            )
+        return self
+
     def check(self) -> Loaded:
         """The same, after the model ran once.
 
@@ -94,7 +110,11 @@ class Loaded:
 
     def _place(self) -> int | str:
         for key, value in self._inputs().items():
-            if isinstance(value, Tensor) and value.dim() == 4 and value.is_floating_point():
+            if (
+                isinstance(value, Tensor)
+                and value.dim() == PICTURE_DIMS
+                and value.is_floating_point()
+            ):
                 return key
         raise InputError(f"{self.name} takes no pictures: none of its inputs is (B, C, H, W)")
 
@@ -238,7 +258,18 @@ def _exported(spec: str, shape: Shape | None) -> Loaded:
     except Exception as error:
         raise InputError(f"{spec} is no exported program ({described(error)})") from error
     args, kwargs = program.example_inputs or ((), {})
-    return _with_shape(Loaded(spec, program.module(), tuple(args), kwargs), shape)
+    loaded = _with_shape(Loaded(spec, program.module(), tuple(args), kwargs), shape)
+    return replace(loaded, batch=_batch_of(program))
+
+
+def _batch_of(program: torch.export.ExportedProgram) -> int | None:
+    """How many pictures a program takes at a time; ``None``: any number."""
+    given = set(program.graph_signature.user_inputs)
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if node.name in given and isinstance(value, Tensor) and value.dim() == PICTURE_DIMS:
+            return value.shape[0] if isinstance(value.shape[0], int) else None
+    return None
 
 
 def _function(spec: str, shape: Shape | None) -> Loaded:

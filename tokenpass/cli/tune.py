@@ -72,6 +72,11 @@ def command(
     classes = None if labels is None else read_labels(labels, paths)
     with working(f"loading {model}"):
         loaded = load(model, input, weights).check()
+    if gated:
+        loaded = loaded.one_by_one()
+    elif loaded.batch is not None:
+        batch = loaded.batch
+        paths = _whole_batches(paths, batch, model)
     with working("planning"):
         report = planned(loaded, settings.method)
     if not (report.converted or settings.always_rewrite or settings.method.full):
@@ -125,6 +130,16 @@ def command(
         say(f"every budget loses more than {max_loss:g} points; the least is {least:g}")
         return NO
     return 0
+
+
+def _whole_batches(paths: list[Path], batch: int, model: str) -> list[Path]:
+    """The photographs that fill batches of a model that takes no other number."""
+    left = len(paths) % batch
+    if left == len(paths):
+        raise InputError(f"{model} takes {batch} pictures at a time: there are {left}")
+    if left:
+        say(f"{model} takes {batch} pictures at a time: the last {left} are left out")
+    return paths[: len(paths) - left]
 
 
 def table_of(rows: list[dict[str, Any]], chosen: Any, agrees: bool) -> Table:

@@ -93,7 +93,7 @@ def command(
     count, rate = frame_count(video), frame_rate(video)
     total = min(n for n in (count, limit, math.inf) if n is not None)
     with working(f"loading {model}"):
-        loaded = load(model, input, weights).check()
+        loaded = load(model, input, weights).check().one_by_one()
     size = size_of(loaded)
     with working("planning"):
         report = planned(loaded, method)
