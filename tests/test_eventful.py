@@ -195,6 +195,18 @@ def test_exact_attention_is_dense_attention_on_the_buffers(
 
 
 @torch.no_grad()
+def test_the_state_of_exact_attention_is_small() -> None:
+    """Breaks if a map of all pairs of tokens is remembered, or more copies than are needed."""
+    model = Encoder(1, 6, 384, 1).eval()
+    sizes = {}
+    for attention in ("exact", "delta"):
+        fast = gated(model, eventful(keep=0.05, attention=attention))
+        fast(torch.randn(1, 3, 128, 128))
+        sizes[attention] = tokenpass.stats(fast).state_bytes
+    assert sizes["exact"] <= 0.15 * sizes["delta"]
+
+
+@torch.no_grad()
 def test_exact_attention_is_updated_where_that_pays() -> None:
     """Breaks if the update is wrong, or always falls back to dense attention."""
     torch.manual_seed(0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,8 +21,6 @@ from tokenpass.dims import (
     same,
     size_of,
 )
-
-SizeOf = Callable[[Size], Size]
 
 
 class Tokens(Protocol):

@@ -27,13 +27,6 @@ class Slot:
     dtype: torch.dtype
     device: torch.device
 
-    @property
-    def bytes(self) -> int:
-        total = self.dtype.itemsize
-        for size in self.shape:
-            total *= size
-        return total
-
 
 class StateTable:
     """State tensors by name, while a graph is traced."""
