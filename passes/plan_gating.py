@@ -38,11 +38,16 @@ def plan_gating(
         always: Gate a region even if its gate costs more than it saves.
     """
     around = around_any_tokens(facts, found, constants, with_norms=method.gate_before_norm)
-    regions = list(around.regions)
+    regions = [region for region in around.regions if region.layout.count > 1 or always]
     if method.compat:
         regions = [replace(region, fixed=()) for region in regions]
+    unpaid: list[NoMatch] = []
     if not always:
-        regions = [region for region in regions if _pays(facts, region)]
+        costs = [_costs_more(facts, region) for region in regions]
+        regions = [region for region, cost in zip(regions, costs, strict=True) if cost is None]
+        unpaid = [miss for miss in costs if isinstance(miss, NoMatch)]
+    if not regions and unpaid:
+        return unpaid[0]
     if not regions:
         attentions = tuple(match.softmax for match in found.attentions)
         return NoMatch(PATTERN, reasons.NO_TOKEN_WISE, attentions)
@@ -54,16 +59,17 @@ def plan_gating(
         attentions=updated,
         blocks=[b for b in around.blocks if not gated.isdisjoint(gateable(b))],
         mlps=around.mlps,
-        misses=[*misses, *around.misses],
+        misses=[*misses, *unpaid, *around.misses],
     )
 
 
-def _pays(facts: Facts, region: Region) -> bool:
-    """Whether a region has more multiply-adds than its gate has operations (section 4.1)."""
-    rows = region.layout.images * region.layout.count
+def _costs_more(facts: Facts, region: Region) -> NoMatch | None:
+    """Why a gate would not pay: fewer multiply-adds than a gate has operations (section 4.1)."""
     saved = sum(multiply_adds(facts.effects[node].work) for node in region.nodes)
     moved = 3 * _elements(region.inputs) + _elements(region.outputs)
-    return bool(saved > moved) and rows > 1
+    if saved > moved:
+        return None
+    return NoMatch(PATTERN, reasons.gate_costs_more(int(saved), moved), tuple(region.nodes))
 
 
 def _elements(nodes: Iterable[fx.Node]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -144,6 +145,16 @@ def test_pruning_that_does_not_pay() -> None:
     assert "always_rewrite=True" in item.hint
     assert item.node
     assert item.place
+
+
+def test_gates_that_do_not_pay() -> None:
+    """Breaks if a layer that is too narrow for a gate gets one, or nobody is told."""
+    narrow = partial(tiny.Mlp, hidden=1)
+    report = tokenpass.explain(of_parts(mlp=narrow), images(1), method=Eventful(keep=0.5))
+    given = [item for item in report.refusals if "costs more than it saves" in item.reason]
+    assert len(given) == 2
+    assert all("always_rewrite=True" in item.hint and item.node for item in given)
+    assert report.converted
 
 
 def test_hints_are_printed_once_for_all_that_are_alike() -> None:

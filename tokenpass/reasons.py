@@ -173,6 +173,15 @@ NOTHING_BEHIND = Reason(
 # ---------------------------------------------------------------- gating
 
 NO_TOKEN_WISE = Reason("no linear layer treats every token alone")
+
+
+def gate_costs_more(saved: int, moved: int) -> Reason:
+    return Reason(
+        f"a gate costs more than it saves: {moved} operations on values, for {saved} multiply-adds",
+        "pass always_rewrite=True",
+    )
+
+
 SEVERAL_GATES = Reason(
     "queries, keys and values do not come out of one gate",
     "compute all three from the same tokens, without mixing tokens on the way",
