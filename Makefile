@@ -48,8 +48,8 @@ demo-video: $(VENV)/demo  ## Recompute only what changes in a real video (writes
 test: $(VENV)/test  ## All tests
 	$(PYTEST) --numprocesses 2
 
-quick: $(VENV)/test  ## The tests that need neither Inductor nor minutes
-	$(PYTEST) --numprocesses 2 -m 'not slow and not inductor'
+quick: $(VENV)/test  ## One case of each test that needs neither Inductor nor long: three minutes
+	$(PYTEST) --numprocesses 2 --first-cases -m 'not slow and not inductor'
 
 fuzz: $(VENV)/test  ## Generated encoders, for SECONDS from SEED; failures go to fuzz-failures/
 	$(BIN)/python -m tests.fuzz --seconds $(SECONDS) --seed $(SEED)

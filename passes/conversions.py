@@ -9,10 +9,11 @@ from torch import Tensor, fx
 
 from tokenpass.dims import Dim, Dims
 from tokenpass.facts import Facts
-from tokenpass.layout import Extent, Layout
+from tokenpass.layout import Layout
 from tokenpass.merging import merge
 from tokenpass.passes.stages import Stages, relative_positions
 from tokenpass.pruning import Pruning
+from tokenpass.views import Extent
 
 
 class Conversions:

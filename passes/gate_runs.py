@@ -93,6 +93,7 @@ class IncrementalRun(GateRun):
         self.needed = needed_nodes(self.module.graph, plan)
         self.passed: dict[int, Tensor] = {}
         self.finite: list[Tensor] = []
+        self.always: dict[object, Tensor] = {}
 
     def visit(self, node: fx.Node) -> None:
         if node not in self.needed:
@@ -160,11 +161,7 @@ class IncrementalRun(GateRun):
         """
         region = self.plan.regions[number]
         images, tokens = region.layout.images, region.layout.count
-        fixed = None
-        if region.fixed:
-            places = torch.tensor(region.fixed, device=moved.device)
-            fixed = torch.zeros(tokens, dtype=torch.bool, device=moved.device)
-            fixed = fixed.index_fill(0, places, True)
+        fixed = self._always(region.fixed, tokens, moved.device) if region.fixed else None
         most = self.counts.get(region.size)
         if self.threshold is None:
             assert most is not None
@@ -174,3 +171,11 @@ class IncrementalRun(GateRun):
         passing = over_threshold(moved, images, fixed, self.threshold, most)
         self.passed[number] = passing
         return positions_of(passing)
+
+    def _always(self, places: tuple[int, ...], tokens: int, device: torch.device) -> Tensor:
+        """Which tokens every gate lets through, ``(N,)``, bool: once in a graph."""
+        key = (places, tokens, device)
+        if key not in self.always:
+            mask = torch.zeros(tokens, dtype=torch.bool, device=device)
+            self.always[key] = mask.index_fill(0, torch.tensor(places, device=device), True)
+        return self.always[key]

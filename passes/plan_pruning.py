@@ -14,11 +14,12 @@ from tokenpass.errors import OptionError
 from tokenpass.facts import Facts
 from tokenpass.graph import expression
 from tokenpass.grid import Grid
-from tokenpass.layout import Extent, ToExtent, batch_factors
+from tokenpass.layout import ToExtent, batch_factors
 from tokenpass.methods import DEEP_DEPTH, OBJECT_DEPTH, Budget, HiPrune, cut_layers, layer_at
 from tokenpass.passes.functionalise import written_values
 from tokenpass.pruning import Pruning, Stage
 from tokenpass.selection import token_budget
+from tokenpass.views import Extent
 
 PATTERN = "pruning"
 

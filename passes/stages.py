@@ -14,10 +14,11 @@ from tokenpass.facts import Facts
 from tokenpass.graph import arguments
 from tokenpass.held import hold
 from tokenpass.kernels import attention_received
-from tokenpass.layout import Extent, Layout
+from tokenpass.layout import Layout
 from tokenpass.merging import merged_sizes, owners, take
 from tokenpass.pruning import Pruning, Stage
 from tokenpass.selection import anchors_and_buffers, best
+from tokenpass.views import Extent
 
 Value = Callable[[fx.Node, int], Tensor]
 Operand = Callable[[fx.Node, fx.Node, int], Tensor]

@@ -99,6 +99,7 @@ def test_budgets_outlast_a_recompilation(method: Any) -> None:
         assert passed == {1 + tiny.TOKENS // 4}
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_schedule_scales_with_the_budget(model: nn.Module) -> None:
     """Breaks if a schedule of the user's own loses its proportions at another budget."""
@@ -110,6 +111,7 @@ def test_a_schedule_scales_with_the_budget(model: nn.Module) -> None:
     assert entering == [64, 16, 16, 4]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_models_of_one_class_keep_apart() -> None:
     """Breaks if two models that share Dynamo's code share budgets or answers."""

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import tokenpass
-from tests.zoo import BY_NAME, DEPTH, MODELS, Entry, relative_error, tensors
+from tests.zoo import BY_NAME, DEPTH, DIFFERENT, Entry, relative_error, tensors
 
 TOKENS = 64
 HALF: dict[str, Any] = {"keep": 0.5, "inner": "eager"}
@@ -28,7 +28,7 @@ def images() -> torch.Tensor:
     return BY_NAME["timm/vit_tiny_patch16_224"].images(2)
 
 
-@pytest.mark.parametrize("entry", MODELS)
+@pytest.mark.parametrize("entry", DIFFERENT)
 def test_every_model_is_converted(entry: Entry) -> None:
     """Breaks if a spelling of attention, a table along the tokens or a head is not understood."""
     model = entry.build()
@@ -47,6 +47,7 @@ def test_every_model_is_converted(entry: Entry) -> None:
         assert report.flops < report.flops_before
 
 
+@pytest.mark.slow
 def test_no_import_is_needed() -> None:
     """Breaks if the entry point is not declared, or does work only after an import."""
     code = """

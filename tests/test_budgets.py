@@ -40,6 +40,7 @@ def share(method: Method) -> float:
     return report.flops / report.flops_before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "target"),
     [
@@ -66,6 +67,7 @@ def test_the_largest_budget_within_a_share(method: Method, target: float) -> Non
     assert all(share(more(count)) > target for count in (kept + 1, kept + 2))
 
 
+@pytest.mark.slow
 def test_compiled_within_a_share() -> None:
     """Breaks if what is compiled has another budget than the one that is planned."""
     model = encoder()
@@ -83,6 +85,7 @@ def test_compiled_within_a_share() -> None:
     assert stats.flops <= 0.8 * stats.flops_before
 
 
+@pytest.mark.slow
 def test_gates_compiled_within_a_share() -> None:
     options = {"method": "eventful", "target_flops": 0.8, "scene_cut": None}
     fast = compiled_with(encoder(), inner="eager", **options)
@@ -148,6 +151,7 @@ def test_times_that_need_no_search() -> None:
         for_milliseconds(7.0, line(5, 30))
 
 
+@pytest.mark.slow
 def test_compiled_for_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Breaks if the budget that was found is not the one that runs, or is sought in every call."""
     asked: list[float] = []
@@ -261,6 +265,7 @@ def test_a_file_beside_a_budget(config: Path) -> None:
 # ------------------------------------------------------------ what each cut did
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dropped", ["merge", "discard"])
 def test_cuts_are_told(dropped: str) -> None:
     """Breaks if a cut's tokens or owners are those of another cut, or change the outputs."""

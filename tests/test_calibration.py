@@ -61,6 +61,7 @@ def test_operations_add_up_to_the_cost(keep: float) -> None:
     assert after.linear + after.attention == report.flops
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", [tiny.Attention, WrittenOut])
 def test_attention_s_operations_are_those_of_its_two_products(attention: tiny.Part) -> None:
     """Breaks if only the fused operator counts as attention, or a linear layer does."""

@@ -143,6 +143,7 @@ def test_autocast_around_the_call() -> None:
     close(got.float(), wanted.float(), atol=5e-2)
 
 
+@pytest.mark.slow
 def test_parameters_of_another_model() -> None:
     """Breaks if a graph holds the parameters that it was compiled with."""
     model, other = tiny.encoder(), tiny.encoder()
@@ -157,6 +158,7 @@ def test_parameters_of_another_model() -> None:
         close(fast(values, images()), wanted(images()))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 def test_vmap_over_a_compiled_model() -> None:
     """Breaks if a transform around the model gets other numbers, rewritten or not."""
@@ -170,6 +172,7 @@ def test_vmap_over_a_compiled_model() -> None:
     close(fast(stacked), torch.stack([model(x) for x in stacked]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"dynamic": True}, {"fullgraph": True}], ids=str)
 def test_options_of_torch_compile(options: dict[str, Any]) -> None:
     model = tiny.encoder()

@@ -97,6 +97,7 @@ def test_full_budget_equals_the_model(dropped: str) -> None:
     assert float((found - expected).abs().max()) <= 1e-5
 
 
+@pytest.mark.slow
 def test_demo_prunes_and_answers() -> None:
     model = untrained()
     fast = torch.compile(model, backend="tokenpass", options={"inner": "eager"})

@@ -72,6 +72,7 @@ def test_packaged_clip() -> None:
     assert not np.array_equal(first, second)
 
 
+@pytest.mark.slow
 def test_demo_gates_and_draws(tmp_path: Path) -> None:
     model = Saliency().eval()
     model.vit.blocks = model.vit.blocks[:1]

@@ -115,6 +115,7 @@ def test_full_budget_is_the_dense_model(name: str) -> None:
         assert tokenpass.report(fast).blocks
 
 
+@pytest.mark.slow
 @everywhere
 @torch.no_grad()
 def test_a_static_scene_settles(name: str) -> None:
@@ -165,6 +166,7 @@ class Encoder(nn.Module):
         return out
 
 
+@pytest.mark.slow
 @given(
     shape=encoders,
     batch=st.integers(1, 3),
@@ -194,6 +196,7 @@ def test_exact_attention_is_dense_attention_on_the_buffers(
     assert tokenpass.report(fast).refusals == []
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_state_of_exact_attention_is_small() -> None:
     """Breaks if a map of all pairs of tokens is remembered, or more copies than are needed."""
@@ -218,6 +221,7 @@ def test_exact_attention_is_updated_where_that_pays() -> None:
     assert tokenpass.stats(fast).flops < 0.7 * tokenpass.stats(dense).flops
 
 
+@pytest.mark.slow
 @given(shape=encoders, keep=st.sampled_from((3, 0.4)), seed=st.integers(0, 99))
 @torch.no_grad()
 def test_a_gate_lets_through_its_budget(shape: tuple[int, ...], keep: float, seed: int) -> None:

@@ -70,6 +70,7 @@ def operators(program: ExportedProgram) -> set[str]:
     return {str(n.target) for graph in graphs for n in graph.nodes if n.op == "call_function"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("batch", [None, 2], ids=["any batch", "two images"])
 def test_the_program_computes_what_the_compiled_model_does(name: str, batch: int | None) -> None:
@@ -86,6 +87,7 @@ def test_the_program_computes_what_the_compiled_model_does(name: str, batch: int
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cast", [False, True], ids=["float32", "autocast"])
 def test_full_budget_is_the_model(cast: bool) -> None:
     """Breaks if a region of autocast is lost, or a constant, or a name of an output."""
@@ -95,6 +97,7 @@ def test_full_budget_is_the_model(cast: bool) -> None:
     torch.testing.assert_close(pruned.module()(x), model(x), rtol=0, atol=5e-2 if cast else 1e-5)
 
 
+@pytest.mark.slow
 def test_gradients_flow_where_they_did() -> None:
     """Breaks if a region without gradients is lost, or spreads."""
     model = Everything(cast=False)
@@ -110,6 +113,7 @@ def test_gradients_flow_where_they_did() -> None:
         torch.testing.assert_close(own[name].grad, parameter.grad, rtol=0, atol=1e-5 * (1 + scale))
 
 
+@pytest.mark.slow
 def test_the_signature_stays() -> None:
     """Breaks if inputs, parameters, constants or the range of the batch change."""
     program = exported(Everything())
@@ -125,6 +129,7 @@ def test_the_signature_stays() -> None:
         assert pruned.state_dict[name] is value
 
 
+@pytest.mark.slow
 def test_the_original_program_is_as_it_was() -> None:
     """Breaks if a rewrite changes its graph, or fixes one of its sizes."""
     program = exported(Everything())
@@ -201,6 +206,7 @@ class AnySize(nn.Module):
         return out
 
 
+@pytest.mark.slow
 def test_a_dynamic_image_size_is_refused_with_a_hint() -> None:
     """Breaks if the size at hand is burnt into the program."""
     side = 2 * Dim("rows", min=2, max=64)
@@ -219,6 +225,7 @@ def test_gating_is_refused() -> None:
             door(program, Eventful())
 
 
+@pytest.mark.slow
 def test_saved_and_loaded() -> None:
     """Breaks if something in the program cannot be written down, a region without values say."""
     model, file = Everything(), io.BytesIO()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -60,6 +61,7 @@ def both(model: nn.Module) -> tuple[Any, float]:
     return fast, relative_error(fast(IMAGES), torch.compile(model, backend="eager")(IMAGES))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_plain_flex_attention_is_pruned() -> None:
     """Breaks if attention without a score function is left as it is, or loses its scale."""
@@ -74,6 +76,7 @@ def test_plain_flex_attention_is_pruned() -> None:
         assert tokenpass.kept(fast).shape == (2, 4)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_scores_that_are_changed_and_keys_that_are_hidden_are_left() -> None:
     """Breaks if a score function or a mask is dropped."""

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import tokenpass
-from tests.zoo import MODELS, Entry, relative_error, tensors
+from tests.zoo import DIFFERENT, MODELS, Entry, relative_error, tensors
 
 OPTIONS = st.fixed_dictionaries(
     {
@@ -28,6 +28,7 @@ OPTIONS = st.fixed_dictionaries(
 
 
 everywhere = pytest.mark.parametrize("entry", MODELS)
+in_each_spelling = pytest.mark.parametrize("entry", DIFFERENT)
 
 
 def compiled(model: nn.Module, *, dynamic: bool | None = None, **options: Any) -> Any:
@@ -57,7 +58,7 @@ def test_outputs_equal_the_original(entry: Entry) -> None:
 
 
 @pytest.mark.parametrize("dropped", ["merge", "discard"])
-@everywhere
+@in_each_spelling
 def test_gradients_equal_the_original(entry: Entry, dropped: str) -> None:
     model = entry.build()
     images = entry.images(2)
@@ -79,7 +80,7 @@ TOLERANCES = {torch.bfloat16: 2e-2, torch.float16: 2e-3, torch.float64: 1e-12}
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-@everywhere
+@in_each_spelling
 def test_other_dtypes(entry: Entry, dtype: torch.dtype) -> None:
     model = entry.build().to(dtype)
     images = entry.images(2).to(dtype)
@@ -89,7 +90,7 @@ def test_other_dtypes(entry: Entry, dtype: torch.dtype) -> None:
     assert tokenpass.report(fast).converted
 
 
-@everywhere
+@in_each_spelling
 def test_under_autocast(entry: Entry) -> None:
     model, images = entry.build(), entry.images(2)
     fast = compiled(model)
@@ -98,7 +99,7 @@ def test_under_autocast(entry: Entry) -> None:
     assert tokenpass.report(fast).converted
 
 
-@everywhere
+@in_each_spelling
 def test_in_inference_mode(entry: Entry) -> None:
     model, images = entry.build(), entry.images(2)
     fast = compiled(model)
@@ -107,7 +108,8 @@ def test_in_inference_mode(entry: Entry) -> None:
     assert tokenpass.report(fast).converted
 
 
-@everywhere
+@pytest.mark.slow
+@in_each_spelling
 def test_dynamic_batch(entry: Entry) -> None:
     model = entry.build()
     fast = compiled(model, dynamic=True)

@@ -47,6 +47,7 @@ def compiled(model: Any, *, dynamic: bool | None = None, **options: Any) -> Any:
     return torch.compile(model, backend="tokenpass", options=options, dynamic=dynamic)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("heads", [1, 8])
 def test_equal_sizes_are_told_apart(heads: int) -> None:
@@ -79,6 +80,7 @@ class Broken(nn.Module):
         return self.model(x).mean(1)  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_several_graphs() -> None:
     """Breaks if a graph without attention stops the others, or is not accounted for."""
@@ -109,6 +111,7 @@ def test_recompiled_image_sizes() -> None:
         assert tokenpass.kept(fast).shape == (2, tokens)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_images_do_not_see_each_other() -> None:
     """Breaks if one image's tokens decide for another's. Batch of one is the reference."""

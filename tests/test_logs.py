@@ -50,11 +50,13 @@ def printed(method: str = PRUNING, before: str = "", **environment: str | Path) 
     return done.stderr
 
 
+@pytest.mark.slow
 def test_silent_unless_asked() -> None:
     """Breaks if a compilation prints what nobody asked for."""
     assert printed() == ""
 
 
+@pytest.mark.slow
 def test_one_line_for_a_compilation() -> None:
     """Breaks if the log is not reached by TORCH_LOGS, or a second call logs again."""
     (line,) = printed(TORCH_LOGS="tokenpass").splitlines()
@@ -67,6 +69,7 @@ def test_one_line_for_a_compilation() -> None:
     assert line.endswith("8 out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "graphs"),
     [(PRUNING, ["before", "after"]), (GATING, ["before", "full", "incremental"])],
@@ -83,12 +86,14 @@ def test_graphs_in_detail(method: str, graphs: list[str]) -> None:
     assert operators[method] in after
 
 
+@pytest.mark.slow
 def test_python_s_own_logging() -> None:
     """Breaks if the log is not an ordinary one."""
     (line,) = printed(before="logging.basicConfig(level=logging.INFO)").splitlines()
     assert line.startswith("INFO:tokenpass:3/4 blocks")
 
 
+@pytest.mark.slow
 def test_a_rewrite_that_is_undone_is_a_refusal() -> None:
     """Breaks if a failure is logged as success."""
     broken = """
@@ -101,6 +106,7 @@ pipeline.check_rewrite = fail
     assert "0/4 blocks, 1.00 of the FLOPs, 1 refusal; patch tokens: 16 in, 16 out" in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "graphs"),
     [(PRUNING, ["before", "after"]), (GATING, ["before", "full", "incremental"])],

@@ -224,6 +224,7 @@ def test_compiled(case: Case) -> None:
     check_stream(case, compiled(case, case.encoder()), case.frames)
 
 
+@pytest.mark.slow
 @each_kind
 def test_compiled_from_images(case: Case) -> None:
     """Breaks if gates need to know, or must not know, where the tokens come from."""

@@ -31,6 +31,7 @@ def compiled(dense: nn.Module, method: Any) -> Any:
     return torch.compile(dense, backend=backend)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dropped", ["merge", "discard"])
 def test_gates_at_full_budget_change_nothing(dropped: Any) -> None:
     """Breaks if gates compare tokens in the wrong places, or what is restored is out of order."""
@@ -45,6 +46,7 @@ def test_gates_at_full_budget_change_nothing(dropped: Any) -> None:
             assert torch.equal(kept, tokenpass.kept(alone))
 
 
+@pytest.mark.slow
 def test_everything_at_full_budget_is_the_dense_model() -> None:
     dense = model()
     with torch.no_grad():
@@ -53,6 +55,7 @@ def test_everything_at_full_budget_is_the_dense_model() -> None:
             torch.testing.assert_close(both(frame), dense(frame), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dropped", ["merge", "discard"])
 def test_a_static_scene_settles_on_pruning_alone(dropped: Any) -> None:
     """Breaks if a token that changed places is taken for one that did not change."""
@@ -68,6 +71,7 @@ def test_a_static_scene_settles_on_pruning_alone(dropped: Any) -> None:
         torch.testing.assert_close(settled, alone(second), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_it_costs_less_than_either() -> None:
     dense, image = model(), images(1)
     methods: list[Any] = [HiPrune(keep=0.4), [HiPrune(keep=0.4), Eventful(keep=0.3)]]

@@ -16,7 +16,7 @@ import torch
 import tokenpass
 from tests.references import other_families, timm_families
 from tests.references.token_reduction import Family, Reduction, reduced
-from tests.zoo import BY_NAME, DEPTH, ENTRIES, GRID, Entry, relative_error, tensors
+from tests.zoo import BY_NAME, DEPTH, DIFFERENT, GRID, MODELS, Entry, relative_error, tensors
 from tokenpass.methods import CUTS, DEEP_DEPTH, OBJECT_DEPTH
 
 PATCHES = math.prod(GRID)
@@ -34,11 +34,6 @@ FAMILIES: dict[str, Any] = {
     "torchvision/vit_b_16": other_families.Torchvision,
 }
 
-QUICK = {"timm/vit_small_patch16_dinov3", "transformers/CLIPVisionModel"}
-MODELS = [
-    pytest.param(entry, id=entry.name, marks=[] if entry.name in QUICK else [pytest.mark.slow])
-    for entry in ENTRIES
-]
 everywhere = pytest.mark.parametrize("entry", MODELS)
 
 
@@ -87,12 +82,14 @@ def test_the_reference_is_the_model_where_nothing_is_dropped(entry: Entry) -> No
         assert relative_error(outputs, tensors(model(images))) <= TOLERANCE
 
 
-@pytest.mark.parametrize("dropped", ["merge", "discard"])
-@pytest.mark.parametrize("keep", [0.5, pytest.param(0.2, marks=pytest.mark.slow)])
 @everywhere
-def test_default_schedule(entry: Entry, keep: float, dropped: str) -> None:
-    merges = dropped == "merge"
-    assert_equal(entry, {"keep": keep, "dropped": dropped}, cuts=default_cuts(keep), merges=merges)
+def test_default_schedule(entry: Entry) -> None:
+    assert_equal(entry, {"keep": 0.5})
+
+
+@pytest.mark.parametrize("entry", DIFFERENT)
+def test_fewer_tokens_that_leave_nothing_behind(entry: Entry) -> None:
+    assert_equal(entry, {"keep": 0.2, "dropped": "discard"}, cuts=default_cuts(0.2), merges=False)
 
 
 SCHEDULES: dict[str, tuple[dict[str, Any], dict[int, int], int]] = {

@@ -157,6 +157,7 @@ def test_gradients_are_refused(model: nn.Module) -> None:
         gated(model, eventful(keep=0.3))(clip(1)[0])
 
 
+@pytest.mark.slow
 def test_inference_mode_and_no_grad_share_a_stream(model: nn.Module) -> None:
     """Breaks if state that was made in inference mode cannot be written outside of it."""
     fast, frames = gated(model, eventful(keep=0.3)), clip(1)
@@ -182,6 +183,7 @@ def test_the_least_recently_used_stream_goes(model: nn.Module) -> None:
     assert tokenpass.stats(fast).computed_in_full == ""
 
 
+@pytest.mark.slow
 def test_other_shapes_start_afresh(model: nn.Module, caplog: pytest.LogCaptureFixture) -> None:
     """Breaks if state of another shape is written into, or nobody is told."""
     fast = gated(model, eventful(keep=0.3))
@@ -211,6 +213,7 @@ def test_a_stream_moves(model: nn.Module) -> None:
         tokenpass.state_dict(second, "unknown")
 
 
+@pytest.mark.slow
 def test_a_stream_is_saved_whatever_sizes_ran_before(model: nn.Module) -> None:
     """Breaks if graphs for other sizes, which have no such stream, stand in the way."""
     frames = clip(4)

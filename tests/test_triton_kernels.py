@@ -93,6 +93,7 @@ def test_kernels_in_the_interpreter() -> None:
     assert done.stdout == "all held\n"
 
 
+@pytest.mark.slow
 def test_triton_is_not_imported_without_a_gpu() -> None:
     """Breaks if tensors of a CPU, or the package itself, need Triton; torch's counter may."""
     script = (

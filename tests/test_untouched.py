@@ -10,6 +10,7 @@ import sys
 import textwrap
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -43,6 +44,7 @@ def test_the_module_and_its_class() -> None:
     assert all(torch.equal(values[name], value) for name, value in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_torch() -> None:
     code = """
         import torch, torch.nn.functional as F

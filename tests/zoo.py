@@ -5,7 +5,7 @@ Few blocks, narrow, small images; the code paths are those of the full models.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,12 +119,30 @@ ENTRIES = [
 ]
 """All have :data:`DEPTH` blocks and :data:`GRID` patch tokens."""
 
-QUICK = {"timm/vit_small_patch14_reg4_dinov2", "transformers/CLIPVisionModel"}
-MODELS = [
-    pytest.param(entry, id=entry.name, marks=[] if entry.name in QUICK else [pytest.mark.slow])
-    for entry in ENTRIES
-]
-"""The same as parameters of a test; the quick loop runs :data:`QUICK` only."""
+QUICK = "timm/vit_small_patch14_reg4_dinov2"
+VARIED = {
+    QUICK,
+    "timm/deit_tiny_distilled_patch16_224",
+    "timm/vit_base_patch16_siglip_224",
+    "timm/eva02_tiny_patch14_224",
+    "timm/beit_base_patch16_224",
+    "transformers/CLIPVisionModel",
+    "torchvision/vit_b_16",
+}
+"""Those of which no two are spelled alike."""
+
+
+def parameters(names: Collection[str]) -> list[Any]:
+    """Encoders as parameters of a test; the quick loop takes :data:`QUICK` only."""
+    return [
+        pytest.param(e, id=e.name, marks=[] if e.name == QUICK else [pytest.mark.slow])
+        for e in ENTRIES
+        if e.name in names
+    ]
+
+
+MODELS = parameters([entry.name for entry in ENTRIES])
+DIFFERENT = parameters(VARIED)
 
 BY_NAME = {entry.name: entry for entry in ENTRIES}
 

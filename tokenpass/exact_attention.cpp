@@ -78,6 +78,24 @@ void transpose(const float* from, int64_t rows, int64_t columns, float* to) {
           static_cast<int>(std::min<int64_t>(LANES, columns - c)));
 }
 
+// sums[i][query] += sum over c of a[i * across + c * along] * b[c][query]
+template <int VECS>
+[[gnu::always_inline]] inline void multiply(const float* a, int64_t across, int64_t along,
+                                            const float* b, int64_t count,
+                                            Vec (&sums)[TILE][VECS]) {
+  for (int64_t c = 0; c < count; ++c) {
+    Vec line[VECS];
+#pragma GCC unroll 3
+    for (int v = 0; v < VECS; ++v) line[v] = Vec::loadu(b + (c * VECS + v) * LANES);
+#pragma GCC unroll 8
+    for (int i = 0; i < TILE; ++i) {
+      const Vec factor(a[i * across + c * along]);
+#pragma GCC unroll 3
+      for (int v = 0; v < VECS; ++v) sums[i][v] = at::vec::fmadd(factor, line[v], sums[i][v]);
+    }
+  }
+}
+
 // Keys as lines, values in columns of TILE: [width / TILE][key][TILE]. Padded with zeros to TILE.
 struct Keys {
   std::vector<float> keys, values;
@@ -158,23 +176,12 @@ struct Block {
     Vec highest[VECS];
     for (int v = 0; v < VECS; ++v) highest[v] = Vec::loadu(largest + v * LANES);
     for (int64_t first = 0; first < keys.count; first += TILE) {
-      const float* lines = &keys.keys[first * depth];
       Vec sums[TILE][VECS];
 #pragma GCC unroll 8
       for (int k = 0; k < TILE; ++k)
 #pragma GCC unroll 3
         for (int v = 0; v < VECS; ++v) sums[k][v] = Vec(0.f);
-      for (int64_t c = 0; c < depth; ++c) {
-        Vec queries[VECS];
-#pragma GCC unroll 3
-        for (int v = 0; v < VECS; ++v) queries[v] = Vec::loadu(&columns[c * W + v * LANES]);
-#pragma GCC unroll 8
-        for (int k = 0; k < TILE; ++k) {
-          const Vec key(lines[k * depth + c]);
-#pragma GCC unroll 3
-          for (int v = 0; v < VECS; ++v) sums[k][v] = at::vec::fmadd(key, queries[v], sums[k][v]);
-        }
-      }
+      multiply<VECS>(&keys.keys[first * depth], depth, 1, columns.data(), depth, sums);
 #pragma GCC unroll 8
       for (int k = 0; k < TILE; ++k)
 #pragma GCC unroll 3
@@ -234,24 +241,13 @@ struct Block {
   void move(const Keys& keys) {
     constexpr int W = VECS * LANES;
     for (int64_t first = 0; first < sizes->width; first += TILE) {
-      const float* values = &keys.values[first * keys.count];
       float* result = &moved[first * W];
       Vec sums[TILE][VECS];
 #pragma GCC unroll 8
       for (int c = 0; c < TILE; ++c)
 #pragma GCC unroll 3
         for (int v = 0; v < VECS; ++v) sums[c][v] = Vec::loadu(result + c * W + v * LANES);
-      for (int64_t k = 0; k < keys.count; ++k) {
-        Vec weights[VECS];
-#pragma GCC unroll 3
-        for (int v = 0; v < VECS; ++v) weights[v] = Vec::loadu(&scores[k * W + v * LANES]);
-#pragma GCC unroll 8
-        for (int c = 0; c < TILE; ++c) {
-          const Vec value(values[k * TILE + c]);
-#pragma GCC unroll 3
-          for (int v = 0; v < VECS; ++v) sums[c][v] = at::vec::fmadd(value, weights[v], sums[c][v]);
-        }
-      }
+      multiply<VECS>(&keys.values[first * keys.count], 1, TILE, scores, keys.count, sums);
 #pragma GCC unroll 8
       for (int c = 0; c < TILE; ++c)
 #pragma GCC unroll 3

@@ -18,9 +18,7 @@ from tokenpass.dims import Dim, Dims, Factor, Size, size_of
 from tokenpass.facts import lined_up
 from tokenpass.grid import Grid, Unit
 from tokenpass.merging import take
-
-Extent: TypeAlias = int
-"""A size in the running trace: an integer, or a ``torch.SymInt``, which stands in for one."""
+from tokenpass.views import Extent, permuted, reshaped
 
 ToExtent: TypeAlias = Callable[[Size], Extent]
 
@@ -47,7 +45,7 @@ class Layout:
         shape: list[Extent] = []
         for size, group in zip(x.shape, units, strict=True):
             shape += self._extents(size, group)
-        return x.reshape(shape), units
+        return reshaped(x, shape), units
 
     def _extents(self, size: Extent, group: Sequence[Unit]) -> list[Extent]:
         """Sizes of the units of a dimension of ``size``; the grid takes what the others leave."""
@@ -143,19 +141,18 @@ class Layout:
         """Queries or keys as ``(B, h, N, d)``."""
         y, units = self.split(x, dims)
         order, a, b = self._head_order(units, channel)
-        front = y.permute(order)
+        front = permuted(y, order)
         shape = front.shape
-        return front.reshape(
-            _product(shape[:a]), _product(shape[a:b]), shape[b], _product(shape[b + 1 :])
-        )
+        sizes = [_product(shape[:a]), _product(shape[a:b]), shape[b], _product(shape[b + 1 :])]
+        return reshaped(front, sizes)
 
     def from_heads(self, heads: Tensor, dims: Dims, channel: int) -> Tensor:
         """``(B, h, N, d)`` in dimensions ``dims``: the inverse of :meth:`heads`."""
         units = [self.grid.units(dim) for dim in dims]
         flat = [unit for group in units for unit in group]
         order, _, _ = self._head_order(units, channel)
-        y = heads.reshape([self.extent(size_of(flat[place].dim)) for place in order])
-        return self._join(y.permute([order.index(p) for p in range(len(flat))]), units)
+        y = reshaped(heads, [self.extent(size_of(flat[place].dim)) for place in order])
+        return self._join(permuted(y, [order.index(p) for p in range(len(flat))]), units)
 
     def _head_order(
         self, units: Sequence[Sequence[Unit]], channel: int
@@ -176,11 +173,10 @@ class Layout:
         (tokens,) = (p for p, unit in enumerate(flat) if unit.holds_grid)
         images = self._batch_places(flat)
         others = [p for p in range(len(flat)) if p not in (*images, tokens)]
-        front = y.permute([*images, tokens, *others])
-        lead = len(images)
-        return front.reshape(
-            _product(front.shape[:lead]), front.shape[lead], _product(front.shape[lead + 1 :])
-        )
+        front = permuted(y, [*images, tokens, *others])
+        lead, shape = len(images), front.shape
+        sizes = [_product(shape[:lead]), shape[lead], _product(shape[lead + 1 :])]
+        return reshaped(front, sizes)
 
     def from_rows(self, rows: Tensor, x: Tensor, dims: Dims) -> Tensor:
         """``(B, K, C)`` back in the dimensions of ``x``, which :meth:`rows` was made of."""
@@ -191,7 +187,7 @@ class Layout:
         others = [p for p in range(len(flat)) if p not in (*images, tokens)]
         order = [*images, tokens, *others]
         sizes = [rows.shape[1] if p == tokens else y.shape[p] for p in order]
-        back = rows.reshape(sizes).permute([order.index(p) for p in range(len(flat))])
+        back = permuted(reshaped(rows, sizes), [order.index(p) for p in range(len(flat))])
         return self._join(back, units)
 
     def score_map(self, x: Tensor, seen: Dims, key_place: int, count: Size) -> Tensor:
@@ -246,12 +242,12 @@ class Layout:
         images = self._batch_places(flat)
         rest = [p for p in range(len(flat)) if p not in images and p != place]
         order = [*images, place, *rest]
-        front = y.permute(order)
+        front = permuted(y, order)
         sizes = front.shape
         lead = len(images)
-        rows = front.reshape(index.shape[0], *sizes[lead:])
-        taken = take(rows, index).reshape(*sizes[:lead], index.shape[1], *sizes[lead + 1 :])
-        return taken.permute([order.index(p) for p in range(len(flat))])
+        rows = reshaped(front, [index.shape[0], *sizes[lead:]])
+        taken = reshaped(take(rows, index), [*sizes[:lead], index.shape[1], *sizes[lead + 1 :]])
+        return permuted(taken, [order.index(p) for p in range(len(flat))])
 
     def _batch_places(self, flat: Sequence[Unit]) -> list[int]:
         places = {unit.dim[0]: p for p, unit in enumerate(flat) if unit.dim and not unit.holds_grid}
@@ -265,7 +261,7 @@ class Layout:
         for group in units:
             shape.append(_product(y.shape[place : place + len(group)]))
             place += len(group)
-        return y.reshape(shape)
+        return reshaped(y, shape)
 
     def meet(self, x: Tensor, own: Dims, seen: Dims, index: Callable[[Dim, int], Tensor]) -> Tensor:
         """A full operand as it must be to meet the remaining tokens of a computation.
@@ -296,7 +292,7 @@ class Layout:
     ) -> Tensor:
         """:meth:`meet` for an operand that all images share: the result has a batch."""
         padding = len(seen) - len(named)
-        x = x.reshape((1,) * padding + tuple(x.shape))
+        x = reshaped(x, (1,) * padding + tuple(x.shape))
         dims = ((),) * padding + named
         y: Tensor | None = None
         for place, dim in enumerate(dims):
@@ -342,10 +338,10 @@ class Layout:
                 grown.append(own)
             merged.append(size)
         dropped = [lead + place for place in holding]
-        kept = y.permute([*order, *dropped])
+        kept = permuted(y, [*order, *dropped])
         for _ in dropped:
             kept = kept.squeeze(-1)
-        return kept.expand(grown).reshape(merged)
+        return reshaped(kept.expand(grown), merged)
 
 
 def in_memory_order(y: Tensor, like: Tensor) -> Tensor:

@@ -10,18 +10,23 @@ import torch
 from torch import Tensor
 
 from tokenpass.kernels import most_similar
+from tokenpass.views import reshaped
 
 
 def take(x: Tensor, positions: Tensor) -> Tensor:
     """Rows of ``x`` ``(B, N, ...)`` at ``positions`` ``(B, K)``: ``(B, K, ...)``."""
     images, tokens, *rest = x.shape
     rows = rows_of_all(positions, tokens)
-    return x.reshape(images * tokens, *rest).index_select(0, rows).reshape(*positions.shape, *rest)
+    taken = reshaped(x, [images * tokens, *rest]).index_select(0, rows)
+    return reshaped(taken, [*positions.shape, *rest])
 
 
 def rows_of_all(positions: Tensor, tokens: int) -> Tensor:
     """Positions in each image ``(B, K)`` as rows of all images, ``(B * K,)``."""
-    first = torch.arange(positions.shape[0], device=positions.device)[:, None] * tokens
+    images = positions.shape[0]
+    if isinstance(images, int) and images == 1:
+        return positions.reshape(-1)
+    first = torch.arange(images, device=positions.device)[:, None] * tokens
     return (positions + first).reshape(-1)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tokenpass.dims import Axis, Dims, Factor, canonical, same, size_of
 from tokenpass.facts import lined_up
+from tokenpass.views import moved, permuted, reshaped
 
 Digits = tuple[Factor, ...]
 
@@ -57,17 +58,17 @@ class RowLayout:
     def rows(self, x: Tensor, dims: Dims) -> Tensor:
         """All rows of a value that carries the set, ``(B * N, F)``."""
         digits = [factor for dim in dims for factor in dim]
-        y = x.reshape([int(factor.size) for factor in digits])
+        y = reshaped(x, [int(factor.size) for factor in digits])
         order = self._order(digits)
-        return y.permute(order).reshape(self.images * self.count, -1)
+        return reshaped(permuted(y, order), [self.images * self.count, -1])
 
     def full(self, rows: Tensor, dims: Dims) -> Tensor:
         """``(B * N, F)`` as a value with dimensions ``dims``: the inverse of :meth:`rows`."""
         digits = [factor for dim in dims for factor in dim]
         order = self._order(digits)
-        y = rows.reshape([int(digits[place].size) for place in order])
-        back = y.permute([order.index(place) for place in range(len(digits))])
-        return back.reshape([int(size_of(dim)) for dim in dims])
+        y = reshaped(rows, [int(digits[place].size) for place in order])
+        back = permuted(y, [order.index(place) for place in range(len(digits))])
+        return reshaped(back, [int(size_of(dim)) for dim in dims])
 
     def some(self, rows: Tensor, dims: Dims) -> Tensor:
         """``(R, F)`` with the dimensions that a value of some of the tokens has."""
@@ -75,9 +76,9 @@ class RowLayout:
         lead = self._lead(digits)
         others = [place for place, factor in enumerate(digits) if not self._own(factor)]
         count = rows.shape[0]
-        y = rows.reshape([count, *(int(digits[place].size) for place in others)])
+        y = reshaped(rows, [count, *(int(digits[place].size) for place in others)])
         before = sum(place < lead for place in others)
-        return y.movedim(0, before).reshape(self.sizes(dims, count))
+        return reshaped(moved(y, 0, before), self.sizes(dims, count))
 
     def rows_of_some(self, x: Tensor, dims: Dims, count: int) -> Tensor:
         """The inverse of :meth:`some`: ``(R, F)``."""
@@ -86,8 +87,8 @@ class RowLayout:
         others = [place for place, factor in enumerate(digits) if not self._own(factor)]
         before = sum(place < lead for place in others)
         sizes = [int(digits[place].size) for place in others]
-        y = x.reshape([*sizes[:before], count, *sizes[before:]])
-        return y.movedim(before, 0).reshape(count, -1)
+        y = reshaped(x, [*sizes[:before], count, *sizes[before:]])
+        return reshaped(moved(y, before, 0), [count, -1])
 
     def sizes(self, dims: Dims, count: int) -> list[int]:
         """The shape of a value of ``count`` rows."""
@@ -119,7 +120,7 @@ class RowLayout:
             line if any(factor.axis in tokens for factor in line) else dim
             for dim, line in zip(whole, seen, strict=True)
         )
-        y = x.reshape((1,) * (len(seen) - len(own)) + tuple(x.shape))
+        y = reshaped(x, (1,) * (len(seen) - len(own)) + tuple(x.shape))
         y = y.expand([int(size_of(dim)) for dim in dims])
         images = {digit.axis for digit in self.batch}
         shared = not any(factor.axis in images for dim in dims for factor in dim)

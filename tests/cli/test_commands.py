@@ -43,6 +43,7 @@ def test_explain_shows_what_the_report_says(run: Run, named: list[str]) -> None:
     assert run("explain", *named, "--keep", 0.5).code == 0
 
 
+@pytest.mark.slow
 def test_explain_equals_the_api(run: Run) -> None:
     """Breaks if the command explains another model, method or input."""
     model, images = models.classifier()
@@ -55,6 +56,7 @@ def test_explain_equals_the_api(run: Run) -> None:
     assert ended.out.splitlines()[0] == str(tokenpass.explain(model, images)).splitlines()[0]
 
 
+@pytest.mark.slow
 def test_explain_by_a_share_of_the_flops(run: Run) -> None:
     """Breaks if the budget is not the one solved for."""
     found = run("explain", USER, "--target-flops", 0.85, "--json").data
@@ -75,6 +77,7 @@ def test_inputs_by_name(run: Run) -> None:
     assert run("explain", USER.replace(":classifier", ":by_name"), "--json").data["converted"]
 
 
+@pytest.mark.slow
 @every_form
 def test_image_draws_pictures(run: Run, named: list[str], photos: Path, tmp_path: Path) -> None:
     """Breaks if a picture is missing, or the table says other tokens than the model kept."""
@@ -95,6 +98,7 @@ def test_image_draws_pictures(run: Run, named: list[str], photos: Path, tmp_path
             assert image.width >= 600
 
 
+@pytest.mark.slow
 @every_form
 def test_video_writes_every_frame(run: Run, named: list[str], clips: Path, tmp_path: Path) -> None:
     """Breaks if frames are lost, are of another size, or the numbers are of other frames."""
@@ -128,6 +132,7 @@ def test_programs_for_a_fixed_number_of_pictures(run: Run, photos: Path, tmp_pat
     run("image", path, picture, "--out", tmp_path).refused("takes 3 pictures at a time")
 
 
+@pytest.mark.slow
 @every_form
 def test_tune_writes_what_it_measured(
     run: Run, named: list[str], photos: Path, tmp_path: Path
@@ -159,6 +164,7 @@ def test_tune_writes_what_it_measured(
         )
 
 
+@pytest.mark.slow
 @every_form
 def test_bench_times_every_budget(run: Run, named: list[str]) -> None:
     """Breaks if a variant is missing, or FLOPs are those of another budget."""
@@ -171,6 +177,7 @@ def test_bench_times_every_budget(run: Run, named: list[str]) -> None:
     assert all(row["median_ms"] > 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_bench_of_gates(run: Run) -> None:
     """Breaks if frames behind gates are timed that are computed in full."""
     ended = run("bench", USER, "--method", "eventful", "--keeps", "0.25", "--rounds", 1, *EAGER,
@@ -179,6 +186,7 @@ def test_bench_of_gates(run: Run) -> None:
     assert ended.data["rows"][2]["of_flops"] < 1
 
 
+@pytest.mark.slow
 def test_tune_counts_right_classes(run: Run, photos: Path, labels: Path, tmp_path: Path) -> None:
     """Breaks if a photograph is scored with another one's label."""
     ended = run("tune", USER, "--data", photos, "--labels", labels, "--max-loss", 100, "--keeps",
@@ -198,6 +206,7 @@ def test_tune_counts_right_classes(run: Run, photos: Path, labels: Path, tmp_pat
     assert row["random_loss"] is None
 
 
+@pytest.mark.slow
 def test_tune_on_clips(run: Run, clips: Path, tmp_path: Path) -> None:
     """Breaks if first frames, which are computed in full, are scored."""
     ended = run("tune", USER, "--data", clips, "--method", "eventful", "--max-loss", 100,
@@ -212,6 +221,7 @@ def test_tune_on_clips(run: Run, clips: Path, tmp_path: Path) -> None:
     assert written["keep"] == 0.25
 
 
+@pytest.mark.slow
 def test_video_holds_a_time(run: Run, clips: Path, tmp_path: Path) -> None:
     """Breaks if the budget is not steered: so short a time makes it fall."""
     ended = run("video", USER, clips / "square.mp4", "--target-ms", 0.01, "--out",
@@ -220,6 +230,7 @@ def test_video_holds_a_time(run: Run, clips: Path, tmp_path: Path) -> None:
     assert keeps[-1] < keeps[0]
 
 
+@pytest.mark.slow
 def test_fuzz_runs_the_fuzzer(run: Run, tmp_path: Path) -> None:
     ended = run("fuzz", "--seconds", 60, "--cases", 1, "--failures", tmp_path, "--json")
     assert ended.code == 0, ended.err

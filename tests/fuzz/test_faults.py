@@ -9,6 +9,7 @@ from tests.fuzz.properties import check
 from tests.fuzz.simplify import error_of
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Breaks if the properties became blind to a wrong rewrite."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.fuzz.encoder import build, images_of
@@ -22,6 +23,7 @@ CONVERTED = 0.5
 """Share of so few encoders with a converted block; less, and the grammar has degenerated."""
 
 
+@pytest.mark.slow
 def test_generated_encoders(tmp_path: Path) -> None:
     """Breaks if a pass is wrong, crashes, or undoes itself; the file that it names says where."""
     tally = fuzz(SECONDS, 0, tmp_path, most=CASES, shrinking=0.0)

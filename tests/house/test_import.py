@@ -8,6 +8,8 @@ import sys
 from types import ModuleType
 from typing import Any
 
+import pytest
+
 import tokenpass
 
 SECONDS = 0.3
@@ -33,6 +35,7 @@ def importing() -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_import_is_light() -> None:
     """Breaks if the package loads sympy, rich or a plotting library, or asks for a GPU."""
     found = importing()
@@ -48,6 +51,7 @@ def run(code: str) -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.slow
 def test_functions_are_not_hidden_by_modules() -> None:
     """Breaks if the entry point, which loads ``tokenpass.backend``, leaves a module there."""
     for name in tokenpass.FUNCTIONS:

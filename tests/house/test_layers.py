@@ -30,7 +30,7 @@ LAYERS = [
         "triton_kernels",
     },
     {"torch_internals", "compiler_torch_internals", "export_torch_internals"},
-    {"config", "cuts", "flex", "graph", "grid", "merging", "methods", "timing"},
+    {"config", "cuts", "flex", "graph", "grid", "merging", "methods", "timing", "views"},
     {"attention_rows", "native", "running_softmax"},
     {"axis_rule", "blocks", "capture", "facts", "gates", "layout", "options"},
     {"exchange_cost", "incremental"},

@@ -18,6 +18,7 @@ def test_import_loads_nothing_for_the_command_line(module: str) -> None:
     assert found.stdout.split() == []
 
 
+@pytest.mark.slow
 def test_plot_comes_when_it_is_used() -> None:
     """Breaks if ``tokenpass.plot`` needs an import of its own."""
     code = "import tokenpass; print(tokenpass.plot.tokens.__module__)"

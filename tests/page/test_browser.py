@@ -23,6 +23,7 @@ GRID = (tiny.SIDE // tiny.PATCH,) * 2
 
 pytestmark = [
     pytest.mark.browser,
+    pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed"),
 ]
 
@@ -72,6 +73,7 @@ def staying(page: Any) -> list[int]:
     return [position for position, opacity in enumerate(opacities) if float(opacity) == 0]
 
 
+@pytest.mark.slow
 def test_slider_shows_which_tokens_stay(
     page: Any, written: tuple[Path, list[tuple[int, ...]]]
 ) -> None:

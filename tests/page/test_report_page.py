@@ -65,6 +65,7 @@ def test_equal_reasons_are_one_entry() -> None:
     assert "node_39" in text
 
 
+@pytest.mark.slow
 def test_kept_tokens_are_what_a_model_compiled_for_the_budget_keeps() -> None:
     """Breaks if the slider shows tokens of another budget, or another cost."""
     model, images = tiny.encoder(depth=4), tiny.images(1)
@@ -82,6 +83,7 @@ def test_kept_tokens_are_what_a_model_compiled_for_the_budget_keeps() -> None:
     assert found[-1].positions == tuple(range(tiny.TOKENS))
 
 
+@pytest.mark.slow
 def test_asking_for_kept_tokens_often_costs_no_recompilation() -> None:
     """Breaks if asking again and again uses up what Dynamo allows a model."""
     model, images = tiny.encoder(depth=4), tiny.images(1)

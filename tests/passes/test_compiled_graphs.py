@@ -68,6 +68,7 @@ def compiled(method: tokenpass.HiPrune | tokenpass.Eventful) -> tuple[Any, Inner
     return torch.compile(encoder(), backend=tokenpass.backend(method, inner=inner)), inner
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
     [
@@ -89,6 +90,7 @@ def test_nothing_is_read_back(method: tokenpass.HiPrune | tokenpass.Eventful) ->
         assert not found.keys() & set(READS_BACK), found
 
 
+@pytest.mark.slow
 def test_each_cut_chooses_once() -> None:
     """Operators that choose do not grow with the number of blocks or of tensors."""
     fast, inner = compiled(tokenpass.HiPrune(keep=0.3, stages=STAGES))
@@ -103,6 +105,7 @@ def test_each_cut_chooses_once() -> None:
     assert sorts <= SORTS_A_CUT * cuts + SORTS_OF_ANCHORS
 
 
+@pytest.mark.slow
 def test_budgets_in_turn_compile_once_each() -> None:
     fast, inner = compiled(tokenpass.HiPrune(keep=KEEPS[0]))
     captured = torch._dynamo.utils.counters["stats"]
@@ -122,6 +125,7 @@ def test_budgets_in_turn_compile_once_each() -> None:
     assert graphs == len(KEEPS)
 
 
+@pytest.mark.slow
 def test_one_token_is_not_all_tokens() -> None:
     """Breaks if budgets that compare equal, the number 1 and the share 1.0, share a graph."""
     fast, _ = compiled(tokenpass.HiPrune(keep=0.5))

@@ -220,6 +220,7 @@ def test_refusals(options: dict[str, Any], words: str) -> None:
     assert any(words in item.reason for item in report.refusals), report.refusals
 
 
+@pytest.mark.slow
 def test_the_batch_may_change() -> None:
     """Breaks if the rows of one batch size are used for another."""
     model = Encoder(Windowed)
