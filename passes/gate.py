@@ -19,6 +19,7 @@ from torch._subclasses import FakeTensorMode
 from tokenpass import torch_internals as internals
 from tokenpass.capture import Captured
 from tokenpass.facts import Facts
+from tokenpass.gates import FEWEST
 from tokenpass.gating import Gating, budget
 from tokenpass.passes.gate_runs import FullRun, IncrementalRun, holding
 from tokenpass.passes.update_attention import AttentionUpdates
@@ -85,10 +86,16 @@ def state_of(facts: Facts, plan: Gating) -> list[Slot]:
 
 
 def _budget_inputs(plan: Gating, mode: FakeTensorMode) -> list[Any]:
-    """Fakes of what the incremental graph takes beside inputs and state."""
+    """Fakes of what the incremental graph takes beside inputs and state.
+
+    A count is traced as fewer than all tokens: an operator that asks whether it is at least that
+    many would make a constant of it.
+    """
     numbers = budget(plan, plan.method)
+    most = [sum(size) - 1 for size in (*plan.sizes, *plan.exchanging)]
+    hints = [max(FEWEST, min(pair)) for pair in zip(numbers, most, strict=False)]
     extra: list[Any] = [
-        internals.symbolic_count(mode, hint, f"count_{place}") for place, hint in enumerate(numbers)
+        internals.symbolic_count(mode, hint, f"count_{place}") for place, hint in enumerate(hints)
     ]
     if plan.method.threshold is not None:
         with mode:

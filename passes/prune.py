@@ -17,7 +17,7 @@ from tokenpass import torch_internals as internals
 from tokenpass.blocks import Attention
 from tokenpass.capture import Captured, in_region_of
 from tokenpass.cuts import as_outputs
-from tokenpass.dims import Dim, Dims, is_data
+from tokenpass.dims import Dims, is_data, same, size_of
 from tokenpass.errors import BrokenInvariantError
 from tokenpass.facts import Facts
 from tokenpass.graph import expression, values_of, with_arguments
@@ -25,8 +25,10 @@ from tokenpass.layout import Layout
 from tokenpass.passes.conversions import Conversions
 from tokenpass.passes.key_bias import with_key_bias
 from tokenpass.passes.stages import Stages
+from tokenpass.passes.tables import Tables
 from tokenpass.passes.versions import Versions
 from tokenpass.pruning import Pruning
+from tokenpass.views import permuted
 
 RULE = "prune"
 
@@ -59,7 +61,6 @@ class _Pruner:
         self.module = captured.module
         self.facts = facts
         self.plan = plan
-        self.grid = plan.grid
         self.versions = versions
 
         def extent(size: Any) -> Any:
@@ -69,8 +70,8 @@ class _Pruner:
         self.stages = Stages(facts, plan, self.layout, self.value, self.operand)
         self.cuts = {stage.at: stage.number for stage in plan.stages if stage.at is not None}
         self.env: dict[tuple[fx.Node, int], Any] = {}
-        self.met: dict[tuple[Any, ...], Tensor] = {}
         self.convert = Conversions(facts, plan, self.layout, self.stages)
+        self.tables = Tables(facts, plan.grid, self.layout, self.convert)
         self.attention: dict[fx.Node, Attention] = {
             match.softmax: match
             for match in plan.found.attentions
@@ -107,6 +108,8 @@ class _Pruner:
         def produce(node: fx.Node) -> Any:
             if self.plan.method.merges and not self.plan.inside and self.carries(node):
                 return self._merged_output(node)
+            if self.plan.method.merges and whole and node in self.cuts:
+                return self._merged_stream(node, self.cuts[node])
             return self.value(node, 0 if whole or not self.carries(node) else final)
 
         outputs = fx.map_arg(output.args[0], produce)
@@ -120,6 +123,10 @@ class _Pruner:
         dims = self.facts.dims(node)
         merged = self.convert.cut(self.value(node, 0), dims, 1)
         return self.convert.restore(merged, dims, 1, None) if self.plan.method.restores else merged
+
+    def _merged_stream(self, node: fx.Node, cut: int) -> Any:
+        """An output that is the stream at a cut, as what is computed from it sees it."""
+        return self.convert.restore(self.value(node, cut), self.facts.dims(node), cut, None)
 
     def carries(self, node: fx.Node) -> bool:
         return self.plan.carried_in(self.facts.effects[node].outs)
@@ -148,7 +155,7 @@ class _Pruner:
             have = self.versions.computed[node][-1]
             return self.layout.without_grid(self.value(node, have), dims)
         if cut is not None and cut == version:
-            return self.convert.cut(self.value(node, self._level(node)), dims, version)
+            return self.convert.cut(self.value(node, version - 1), dims, version)
         computed = [v for v in self.versions.computed[node] if v != self.plan.prefix_only]
         if version == 0:
             have = max(computed)
@@ -164,8 +171,9 @@ class _Pruner:
         merged, so that none is lost.
         """
         at = self.plan.stages[have - 1].at
-        if at is not None and _same_data(self.facts.dims(at), dims):
-            return self.value(at, 0)  # type: ignore[no-any-return]
+        order = None if at is None else _order(self.facts.dims(at), dims)
+        if at is not None and order is not None:
+            return permuted(self.value(at, 0), order)
         inside = (n for match in self.attention.values() for n in (match.softmax, match.out))
         if self.plan.method.merges or node in inside:
             return None
@@ -193,11 +201,13 @@ class _Pruner:
         versions = self.versions.reads.get((node, version), ())
         reads = iter(versions)
         seen = iter(self.facts.effects[node].seen)
+        fused = node in self.attention and self.attention[node].fused
+        of_keys = self._level(node) if fused else version
 
         def produce(source: fx.Node) -> Any:
             if not values_of(source):
                 return self.env[source, 0]
-            return self._operand(node, source, next(seen), next(reads, 0), version)
+            return self._operand(source, next(seen), next(reads, 0), version, of_keys)
 
         args, kwargs = fx.map_arg((node.args, node.kwargs), produce)
         counted = self.plan.prefix_only if self.plan.prefix_only in versions else version
@@ -206,44 +216,32 @@ class _Pruner:
         return with_arguments(node, args, kwargs, self.convert.literals(node, counted))
 
     def operand(self, reader: fx.Node, source: fx.Node, version: int) -> Tensor:
-        """``source`` as ``reader`` sees it in a version."""
+        """``source`` as ``reader`` would see it if all its tokens were those of a version."""
         seen = dict(self.facts.seen(reader))[source]
         read = version if self.carries(source) else 0
-        return self._operand(reader, source, seen, read, version)  # type: ignore[no-any-return]
+        return self._operand(source, seen, read, version, version)  # type: ignore[no-any-return]
 
-    def _operand(
-        self, reader: fx.Node, source: fx.Node, seen: Dims, read: int, version: int
-    ) -> Any:
-        x = self.value(source, read)
-        if not version or self.carries(source) or not isinstance(x, Tensor):
+    def _operand(self, source: fx.Node, seen: Dims, read: int, version: int, of_keys: int) -> Any:
+        x, carries = self.value(source, read), self.carries(source)
+        if not version or not isinstance(x, Tensor) or (carries and read != version):
             return x
-        own = self.facts.dims(source)
-        lined = seen[len(seen) - len(own) :]
-        if not any(
-            dim and self.grid.carried_by(line) for dim, line in zip(own, lined, strict=True)
-        ):
-            return x
-        return self._meet(reader, source, x, own, seen, version)
-
-    def _meet(
-        self, reader: fx.Node, source: fx.Node, x: Tensor, own: Dims, seen: Dims, version: int
-    ) -> Tensor:
-        """A table that runs along the tokens, with the rows of the tokens that are left."""
-        attention = self.attention.get(reader)
-        keys = len(seen) - 1 if attention is not None and attention.fused else None
-        of_keys = version if keys is None else self._level(reader)
-
-        def index(dim: Dim, place: int) -> Tensor:
-            return self.convert.table_rows(dim, of_keys if place == keys else version)
-
-        key = (source, seen, version, of_keys)
-        if key not in self.met:
-            self.met[key] = self.layout.meet(x, own, seen, index)
-        return self.met[key]
+        return self.tables.meet(x, source, seen, version, of_keys, carries=carries)
 
 
-def _same_data(a: Dims, b: Dims) -> bool:
-    """Whether images and tokens lie in the same places of two values."""
-    return len(a) == len(b) and all(
-        x == y for x, y in zip(a, b, strict=True) if is_data(x) or is_data(y)
-    )
+def _order(own: Dims, wanted: Dims) -> list[int] | None:
+    """The places of ``wanted`` in ``own``, where images and tokens are the same in both."""
+    order: list[int] = []
+    for dim in wanted:
+        known = is_data(dim)
+        places = (
+            place
+            for place, other in enumerate(own)
+            if place not in order
+            and (dim == other if known else same(size_of(dim), size_of(other)))
+            and known == is_data(other)
+        )
+        place = next(places, None)
+        if place is None:
+            return None
+        order.append(place)
+    return order if len(order) == len(own) else None

@@ -118,11 +118,12 @@ def attention_received(
     Returns:
         ``(B, Nk)``, float32; each row sums to one.
     """
-    fast = _on_gpu(query)
-    if fast is not None:
-        found: Tensor = fast.attention_received(query, key, scale, key_bias, mask)
-        return found
-    return composed_attention_received(query, key, scale, key_bias, mask)
+    fast, key = _on_gpu(query), key.to(query.dtype)
+    with torch.autocast(query.device.type, enabled=False):
+        if fast is not None:
+            found: Tensor = fast.attention_received(query, key, scale, key_bias, mask)
+            return found
+        return composed_attention_received(query, key, scale, key_bias, mask)
 
 
 @attention_received.register_fake
@@ -154,10 +155,11 @@ def most_similar(tokens: Tensor, among: Tensor) -> Tensor:
         ``(B, M)``, int64, in ``range(K)``; of equally similar ones the first.
     """
     fast = _on_gpu(tokens)
-    if fast is not None:
-        found: Tensor = fast.most_similar(tokens, among)
-        return found
-    return composed_most_similar(tokens, among)
+    with torch.autocast(tokens.device.type, enabled=False):
+        if fast is not None:
+            found: Tensor = fast.most_similar(tokens, among)
+            return found
+        return composed_most_similar(tokens, among)
 
 
 @most_similar.register_fake

@@ -7,7 +7,7 @@ every image (and, where frames are folded into the batch, every frame) has its o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -57,18 +57,26 @@ class Layout:
             rest = rest if other is None else rest // other
         return [rest if other is None else other for other in others]
 
-    def take(self, x: Tensor, dims: Dims, index: Callable[[Dim], Tensor]) -> Tensor:
+    def take(
+        self,
+        x: Tensor,
+        dims: Dims,
+        index: Callable[[Dim], Tensor],
+        done: Collection[int] = (),
+    ) -> Tensor:
         """``x`` with only some of its tokens, in every dimension that carries the grid.
 
         Args:
             x: A tensor with these ``dims``; has the batch among them, or the batch is one.
             dims: Its dimensions.
             index: Positions to take in a unit that holds the grid, ``(B, L)``.
+            done: Dimensions that have only some of their tokens already.
         """
         y, units = self.split(x, dims)
         flat = [unit for group in units for unit in group]
+        owner = [number for number, group in enumerate(units) for _ in group]
         for place, unit in enumerate(flat):
-            if unit.holds_grid:
+            if unit.holds_grid and owner[place] not in done:
                 y = self._take_at(y, flat, place, index(unit.dim))
         return in_memory_order(self._join(y, units), x)
 
@@ -263,7 +271,14 @@ class Layout:
             place += len(group)
         return reshaped(y, shape)
 
-    def meet(self, x: Tensor, own: Dims, seen: Dims, index: Callable[[Dim, int], Tensor]) -> Tensor:
+    def meet(
+        self,
+        x: Tensor,
+        own: Dims,
+        seen: Dims,
+        index: Callable[[Dim, int], Tensor],
+        done: Collection[int] = (),
+    ) -> Tensor:
         """A full operand as it must be to meet the remaining tokens of a computation.
 
         A position table ``(N, C)`` that is added to ``(B, K, C)`` becomes ``(B, K, C)``: each image
@@ -274,13 +289,15 @@ class Layout:
             own: Its dimensions.
             seen: The dimensions of the computation, at least as many.
             index: Positions to take in a unit that holds the grid, at a place of ``seen``.
+            done: Dimensions of the operand that have only some of their tokens already.
         """
         lined = lined_up(own, seen)
         named = tuple(line if dim else () for dim, line in zip(own, lined, strict=True))
         if not self.batch or self._has_batch(named):
             lead = len(seen) - len(own)
-            places = iter([lead + place for place in self.grid.carried_in(named)])
-            return self.take(x, named, lambda dim: index(dim, next(places)))
+            missing = [place for place in self.grid.carried_in(named) if place not in done]
+            places = iter([lead + place for place in missing])
+            return self.take(x, named, lambda dim: index(dim, next(places)), done)
         return self._meet_each(x, named, seen, index)
 
     def _has_batch(self, dims: Dims) -> bool:

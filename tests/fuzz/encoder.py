@@ -95,6 +95,38 @@ class EncoderBlock(nn.Module):
         return stream_of(over_grid(self.conv, rows, self.encoder), self.encoder)
 
 
+class BuiltIn(nn.Module):
+    """``nn.TransformerEncoderLayer``; what its attention added is hidden in it."""
+
+    windowed = False
+
+    def __init__(self, spec: Block, encoder: Encoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+        width = encoder.width
+        self.layer = nn.TransformerEncoderLayer(
+            width,
+            spec.attention.heads,
+            2 * width,
+            dropout=0.0,
+            activation="relu" if spec.mlp == "relu" else "gelu",
+            batch_first=encoder.layout != "sequence first",
+            norm_first=spec.placement != "post",
+            bias=spec.attention.bias,
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self.encoder.layout == "sequence first":
+            x = self.layer(x)
+            return x, rows_of(x, self.encoder.layout)
+        rows = self.layer(rows_of(x, self.encoder.layout))
+        return stream_of(rows, self.encoder), rows
+
+
+def block_of(spec: Block, encoder: Encoder) -> nn.Module:
+    return BuiltIn(spec, encoder) if spec.built_in else EncoderBlock(spec, encoder)
+
+
 class Patches(nn.Module):
     """Images ``(B, 3, H, W)`` to patch tokens ``(B, N, C)``."""
 
@@ -156,13 +188,19 @@ class Model(nn.Module):
         self.last = nn.Parameter(torch.randn(1, spec.after, width)) if spec.after else None
         length = spec.patches if spec.table_over == "patches" else spec.tokens
         self.table = None if spec.table == "none" else Table(spec, length)
-        self.blocks = nn.ModuleList(EncoderBlock(block, spec) for block in spec.blocks)
+        self.blocks = nn.ModuleList(block_of(block, spec) for block in spec.blocks)
         self.norm = Norm("layer" if spec.final_norm else "none", width)
         self.mean, self.pool, self.linear = TokenMean(), Pool(width), nn.Linear(width, 5)
         self.largest = TokenLargest()
         self.pixels = nn.Linear(width, spec.patch**2)
 
     def forward(self, images: Tensor) -> Any:
+        if self.spec.autocast:
+            with torch.autocast("cpu", torch.bfloat16):
+                return self._forward(images)
+        return self._forward(images)
+
+    def _forward(self, images: Tensor) -> Any:
         spec = self.spec
         patches = self.embed(images)
         x = stream_of(self._with_others(patches), spec)

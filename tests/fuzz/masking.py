@@ -13,7 +13,7 @@ weighs as a key what the tokens weigh that it stands for.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -35,9 +35,9 @@ class Places:
     """Where an encoder attends, adds and averages.
 
     Attributes:
-        attentions: Of all patch tokens, in execution order, each with the number of the block that
-            it begins, counted from 1; ``None``: it only reads tokens, and ranks none.
-        additions: Results of the residual additions, each with the number of the block that ends
+        attentions: Of all patch tokens, each with the numbers of the blocks that it begins, call by
+            call, counted from 1; ``None``: it only reads tokens, and ranks none.
+        additions: Results of the residual additions, each with the numbers of the blocks that end
             there, or ``None``.
         means: Over tokens, which stay as a dimension of one.
         largest: Of tokens, which go.
@@ -46,8 +46,8 @@ class Places:
         grid: Rows and columns of patch tokens.
     """
 
-    attentions: Sequence[tuple[nn.Module, int | None]]
-    additions: Sequence[tuple[nn.Module, int | None]]
+    attentions: Sequence[tuple[nn.Module, Sequence[int | None]]]
+    additions: Sequence[tuple[nn.Module, Sequence[int | None]]]
     means: Sequence[nn.Module]
     largest: Sequence[nn.Module]
     rows: Callable[[Tensor], Tensor]
@@ -100,11 +100,11 @@ class Masking(TorchDispatchMode):
     def run(self, model: nn.Module, *inputs: Any) -> Any:
         """What the model computes with fewer tokens."""
         hooks = []
-        for module, number in self.places.attentions:
-            hooks.append(module.register_forward_pre_hook(self._begins(number)))
+        for module, numbers in self.places.attentions:
+            hooks.append(module.register_forward_pre_hook(self._begins(iter(numbers))))
             hooks.append(module.register_forward_hook(self._ends))
-        for module, number in self.places.additions:
-            hooks.append(module.register_forward_hook(self._adds(number)))
+        for module, numbers in self.places.additions:
+            hooks.append(module.register_forward_hook(self._adds(iter(numbers))))
         hooks += [module.register_forward_hook(self._averages) for module in self.places.means]
         hooks += [module.register_forward_hook(self._largest) for module in self.places.largest]
         try:
@@ -116,14 +116,15 @@ class Masking(TorchDispatchMode):
 
     # ------------------------------------------------------------ the residual stream
 
-    def _adds(self, number: int | None) -> Callable[..., Tensor]:
+    def _adds(self, numbers: Iterator[int | None]) -> Callable[..., Tensor]:
         def hook(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+            number = next(numbers)
             rows = self.places.rows(out).clone()
             start = self.places.before
             patches = rows[:, start : start + self.count]
             if self.frozen is not None:
                 rows[:, start : start + self.count] = self._ignoring_the_gone(patches)
-            if number in self.cuts:
+            if number is not None and number in self.cuts:
                 self.frozen = rows[:, start : start + self.count].clone()
                 self._cut(self.cuts[number], self.frozen)
                 if self.merges:
@@ -178,9 +179,9 @@ class Masking(TorchDispatchMode):
 
     # ------------------------------------------------------------ attention
 
-    def _begins(self, number: int | None) -> Callable[..., None]:
+    def _begins(self, numbers: Iterator[int | None]) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any) -> None:
-            self.attending, self.block = True, number
+            self.attending, self.block = True, next(numbers)
 
         return hook
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -75,7 +77,7 @@ class Mlp(nn.Module):
             self.local = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
         if kind == "excite":
             self.mean, self.weigh = TokenMean(), nn.Linear(width, width)
-        if kind == "experts":
+        if kind in ("experts", "expert choice"):
             self.choose = nn.Linear(width, EXPERTS)
             layers = (nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, width))
             self.other = nn.Sequential(*layers)
@@ -94,13 +96,30 @@ class Mlp(nn.Module):
             y = self.down(functional.gelu(self.up(x.mT))).mT
         elif kind == "depthwise":
             y = self.down(functional.gelu(over_grid(self.local, self.up(x), self.encoder)))
+        elif kind == "expert choice":
+            y = self._expert_choice(x)
         else:
-            y = self.down(functional.gelu(self.up(x)))
+            y = self._plain(x)
         if kind == "excite":
             y = y * torch.sigmoid(self.weigh(self.mean(x)))
         if kind == "experts":
             best = functional.one_hot(self.choose(x).argmax(-1), EXPERTS).to(x.dtype)
             y = y * best[..., :1] + self.other(x) * best[..., 1:]
+        return y
+
+    def _expert_choice(self, x: Tensor) -> Tensor:
+        """Each expert takes its half of the tokens: which ones depends on all of them."""
+        share, places = self.choose(x).softmax(-1).mT.topk(x.shape[1] // EXPERTS, dim=-1)
+        y = torch.zeros_like(x)
+        experts: tuple[Callable[[Tensor], Tensor], ...] = (self._plain, self.other)
+        for number, expert in enumerate(experts):
+            index = places[:, number, :, None].expand(-1, -1, x.shape[-1])
+            out = expert(x.gather(1, index)) * share[:, number, :, None]
+            y = y.scatter_add(1, index, out.to(y.dtype))
+        return y
+
+    def _plain(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down(functional.gelu(self.up(x)))
         return y
 
 

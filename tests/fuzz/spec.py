@@ -67,10 +67,13 @@ class Block:
         norms: ``"batch"`` stands for the mean and the variance that a batch norm has learned.
         placement: Of the norms; ``"parallel"`` is pre-norm with attention and MLP side by side.
         mlp: ``"depthwise"``: with a convolution over the grid; ``"excite"``: channels scaled by
-            what the mean token says; ``"experts"``: each token goes to its best expert.
+            what the mean token says; ``"experts"``: each token goes to its best expert;
+            ``"expert choice"``: each expert takes the tokens that suit it best.
         residual: How a branch is added.
         detour: What the branch of the attention, or the stream, goes through in vain.
         local: Whether a convolution over the grid is added to the stream before the block.
+        built_in: Whether it is ``nn.TransformerEncoderLayer``, which knows heads, biases, where the
+            norms are, and whether the MLP has ReLU.
     """
 
     attention: Attention = field(default_factory=Attention)
@@ -78,7 +81,7 @@ class Block:
     placement: str = choice("pre", "post", "sandwich", "parallel", "one sum", plain=3)
     mlp: str = choice(
         "gelu", "relu", "gated", "joint gate", "convolution", "none", "depthwise", "excite",
-        "experts", plain=4,
+        "experts", "expert choice", plain=6,
     )  # fmt: skip
     residual: str = choice(
         "plus", "reversed", "in place", "scaled", "addcmul", "alpha", "weighted skip", plain=2
@@ -88,6 +91,7 @@ class Block:
         "stacked", plain=5,
     )  # fmt: skip
     local: bool = choice(False, True, plain=16)
+    built_in: bool = choice(False, True, plain=12)
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,7 @@ class Encoder:
         extra: What is returned beside it.
         dead: Whether something is computed that nobody reads.
         double: Whether everything is in float64.
+        autocast: Whether it runs under autocast to bfloat16, which leaves float64 as it is.
         batch: Images.
         seed: Of the weights and the images.
     """
@@ -134,8 +139,14 @@ class Encoder:
     extra: str = choice("none", "hidden", "patches", "dictionary", "branch", "view", plain=4)
     dead: bool = choice(False, True, plain=4)
     double: bool = choice(True, False)
+    autocast: bool = choice(False, True, plain=6)
     batch: int = choice(2, 1, 3)
     seed: int = 0
+
+    @property
+    def rounds(self) -> bool:
+        """Whether products are rounded to bfloat16."""
+        return self.autocast and not self.double
 
     @property
     def imagelike(self) -> bool:
