@@ -59,15 +59,16 @@ def _slice(ctx: RuleContext, node: fx.Node) -> Effect:
     if not dim:
         return Effect(What.VIEW, (before,), (before,))
     if same(start, ZERO) and same(stop, size_of(dim)) and step == 1:
-        bounds = _slice_literals(_offsets(dim), start, stop)
+        bounds = _slice_literals([(ZERO, dim)], start, stop)
         return Effect(What.VIEW, (before,), (before,), literals=bounds)
     if step != 1:
         size = out_shape(node)[place]
         taken = _every(dim, start, sympy.Integer(step), size)
+        what = What.INDEX if taken is None else What.VIEW
         if taken is None:
             taken = ctx.fresh(Kind.OPAQUE, size, node, data=is_data(dim))
         outs = (*before[:place], taken, *before[place + 1 :])
-        return Effect(What.INDEX, (outs,), (before,), axes_of([dim]))
+        return Effect(what, (outs,), (before,), axes_of([dim]))
     taken = ctx.table.slice(dim, start, stop, node)
     outs = (*before[:place], taken, *before[place + 1 :])
     kept = set(parts_of(taken))

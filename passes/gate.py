@@ -32,7 +32,6 @@ class Traced:
 
     module: fx.GraphModule
     inputs: tuple[Any, ...]
-    mode: FakeTensorMode
 
 
 def gate(
@@ -64,7 +63,7 @@ def gate(
         module = internals.trace(run, everything, mode)
     module.graph.eliminate_dead_code()
     module.recompile()
-    return Traced(module, everything, mode)
+    return Traced(module, everything)
 
 
 def state_of(facts: Facts, plan: Gating) -> list[Slot]:
@@ -91,12 +90,12 @@ def _budget_inputs(plan: Gating, mode: FakeTensorMode) -> list[Any]:
     A count is traced as fewer than all tokens: an operator that asks whether it is at least that
     many would make a constant of it.
     """
-    numbers = budget(plan, plan.method)
-    most = [sum(size) - 1 for size in (*plan.sizes, *plan.exchanging)]
-    hints = [max(FEWEST, min(pair)) for pair in zip(numbers, most, strict=False)]
-    extra: list[Any] = [
-        internals.symbolic_count(mode, hint, f"count_{place}") for place, hint in enumerate(hints)
-    ]
+    counts = budget(plan, plan.method)
+    tokens = [sum(size) for size in (*plan.sizes, *plan.exchanging)][: len(counts)]
+    extra: list[Any] = []
+    for place, (count, total) in enumerate(zip(counts, tokens, strict=True)):
+        hint = max(FEWEST, min(count, total - 1))
+        extra.append(internals.symbolic_count(mode, hint, f"count_{place}"))
     if plan.method.threshold is not None:
         with mode:
             extra.append(torch.empty((), dtype=torch.float32))

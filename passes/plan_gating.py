@@ -46,11 +46,9 @@ def plan_gating(
         costs = [_costs_more(facts, region) for region in regions]
         regions = [region for region, cost in zip(regions, costs, strict=True) if cost is None]
         unpaid = [miss for miss in costs if isinstance(miss, NoMatch)]
-    if not regions and unpaid:
-        return unpaid[0]
     if not regions:
         attentions = tuple(match.softmax for match in found.attentions)
-        return NoMatch(PATTERN, reasons.NO_TOKEN_WISE, attentions)
+        return unpaid[0] if unpaid else NoMatch(PATTERN, reasons.NO_TOKEN_WISE, attentions)
     updated, misses = _attentions(facts, found.attentions, regions, constants, method)
     gated = {node for region in regions for node in region.nodes}
     return Gating(

@@ -183,9 +183,9 @@ def _why_not(
     if ranking == "class" and grid.layout(grid.token_unit(anchors.key_dim))[0] is None:
         return NoMatch(PATTERN, reasons.NO_CLASS_TOKEN, (anchors.softmax,))
     written = written_values(facts.graph)
-    for block in found.blocks:
-        if block.out in written:
-            return NoMatch(PATTERN, reasons.WRITTEN, (block.out,))
+    for residual in found.residuals:
+        if residual.out in written:
+            return NoMatch(PATTERN, reasons.WRITTEN, (residual.out,))
     for attention in found.attentions:
         node = _second_thought(facts, grid, attention)
         if node is not None:

@@ -170,12 +170,13 @@ class _Pruner:
         ``None`` inside an attention, where a token that left has no weight, and where tokens are
         merged, so that none is lost.
         """
+        if any(node in (match.softmax, match.out) for match in self.attention.values()):
+            return None
         at = self.plan.stages[have - 1].at
         order = None if at is None else _order(self.facts.dims(at), dims)
         if at is not None and order is not None:
             return permuted(self.value(at, 0), order)
-        inside = (n for match in self.attention.values() for n in (match.softmax, match.out))
-        if self.plan.method.merges or node in inside:
+        if self.plan.method.merges:
             return None
         raise BrokenInvariantError(f"{node.name}: nothing says what its discarded tokens were")
 

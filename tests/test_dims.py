@@ -299,3 +299,14 @@ def test_each_table_makes_an_axis_once() -> None:
     table = AxisTable()
     assert table.concat([first, second], None) == table.concat([first, second], None)
     assert table.concat([second, first], None) != table.concat([first, second], None)
+
+
+@pytest.mark.parametrize("cut", [1, 2])
+def test_prefix_tokens_that_are_split_and_put_together(cut: int) -> None:
+    """Breaks if three prefix tokens of one parameter are others than three on their own."""
+    table, patches = AxisTable(), whole(axis(16))
+    together = table.concat([whole(axis(3, data=False)), patches], None)
+    each = table.concat([(), (), (), patches], None)
+    at = sympy.Integer(cut)
+    halves = (table.slice(together, *ends, None) for ends in ((ZERO, at), (at, sympy.Integer(19))))
+    assert table.concat(list(halves), None) == together == each

@@ -28,6 +28,7 @@ from tokenpass.reasons import Reason
 from tokenpass.report import WIDTH as COLUMNS
 
 HALF = HiPrune(keep=0.5)
+AT_THE_OUTPUT = HiPrune(keep=0.5, where="output")
 
 
 class NotAdded(Block):
@@ -40,6 +41,14 @@ class NoActivation(tiny.Mlp):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.down(self.up(x))
         return out
+
+
+class TalkingBehind(tiny.Attention):
+    """Probabilities of a query are smoothed over the keys."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        maps = (q @ k.mT).softmax(-1)
+        return (maps / maps.cumsum(-1).amax(-1, keepdim=True)) @ v
 
 
 class BiasOfTheInput(tiny.Attention):
@@ -88,6 +97,8 @@ CASES = {
     "not added": Case(lambda: Encoder([NotAdded(), NotAdded()]), reasons.NOT_ADDED),
     "no activation": Case(lambda: of_parts(mlp=NoActivation), reasons.LINEAR_ONLY),
     "in place": Case(lambda: Encoder([InPlace(), InPlace()]), reasons.WRITTEN),
+    "no block": Case(lambda: Encoder([NotAdded(), NotAdded()]), reasons.NO_BLOCK, AT_THE_OUTPUT),
+    "probabilities": Case(lambda: of_parts(TalkingBehind), reasons.MIXED_MAPS, AT_THE_OUTPUT),
     "no class token": Case(
         lambda: Encoder([Block(), Block()], prefix=0),
         reasons.NO_CLASS_TOKEN,
@@ -96,7 +107,7 @@ CASES = {
     "partly at the output": Case(
         lambda: Encoder([Block(Windows), Block(Windows)], prefix=0),
         reasons.PARTLY_OUTPUT,
-        HiPrune(keep=0.5, where="output"),
+        AT_THE_OUTPUT,
     ),
     "partly, cut outputs": Case(
         lambda: Encoder([Block(Windows), Block(Windows)], prefix=0),

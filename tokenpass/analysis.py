@@ -19,6 +19,7 @@ from tokenpass.passes.find_blocks import find_blocks
 from tokenpass.passes.functionalise import functionalise
 from tokenpass.passes.label_axes import label_axes
 from tokenpass.passes.normalise import DECOMPOSITIONS
+from tokenpass.passes.rejoin import rejoin
 
 Inputs = Sequence[Any] | GraphInputs
 """Example inputs of Dynamo's graph, or what another graph is traced again on."""
@@ -89,6 +90,18 @@ def _analyse(module: fx.GraphModule, inputs: Inputs) -> Analysis:
     functionalise(captured.module.graph, captured.mode)
     captured.module.graph.eliminate_dead_code()
     captured.module.recompile()
+    facts = label_axes(captured.module.graph, captured.constants)
+    return Analysis(captured, facts, find_blocks(facts))
+
+
+def with_tokens_together(analysis: Analysis) -> Analysis:
+    """The same with tokens that part and meet again computed with together; all sizes are numbers.
+
+    See :mod:`tokenpass.passes.rejoin`.
+    """
+    captured = rejoin(analysis.captured, analysis.facts)
+    if captured is None:
+        return analysis
     facts = label_axes(captured.module.graph, captured.constants)
     return Analysis(captured, facts, find_blocks(facts))
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -132,6 +132,17 @@ def capture(
     _mark_regions(traced.graph)
     traced.recompile()
     return Captured(traced, constants, inputs.fakes, inputs.mode, inputs.fixable)
+
+
+def recapture(captured: Captured, run: Callable[..., Any]) -> Captured:
+    """The canonical graph of ``run``, which takes what ``captured`` takes."""
+    traced = internals.trace(run, captured.inputs, captured.mode)
+    own, new = (g.find_nodes(op="placeholder") for g in (captured.module.graph, traced.graph))
+    pairs = zip(own, new, strict=True)
+    _mark_regions(traced.graph)
+    traced.recompile()
+    constants = frozenset(after for before, after in pairs if before in captured.constants)
+    return replace(captured, module=traced, constants=constants)
 
 
 def _mark_regions(graph: fx.Graph) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import groupby
 from typing import TypeAlias
 
 import sympy
@@ -231,7 +232,11 @@ class AxisTable:
         self._made: dict[tuple[object, ...], Axis] = {}
 
     def concat(self, parts: Sequence[Dim], node: fx.Node | None) -> Dim:
-        """``parts`` laid end to end; adjoining slices of one dimension become one again."""
+        """``parts`` laid end to end; adjoining slices of one dimension become one again.
+
+        So do neighbours that hold no data, beside some that do: two prefix tokens are the same two
+        whether they come as one parameter, as two, or as one that was split and put together.
+        """
         flat: list[Dim] = []
         for part in (piece for dim in parts for piece in parts_of(dim)):
             if same(size_of(part), ZERO):
@@ -241,6 +246,8 @@ class AxisTable:
                 flat.append(part)
             else:
                 flat[-1] = joined
+        if any(is_data(part) for part in flat):
+            flat = self._constants_joined(flat, node)
         if len(flat) <= 1:
             return flat[0] if flat else parts[0]
         key = ("concat", *flat)
@@ -248,6 +255,20 @@ class AxisTable:
             total = sympy.Add(*(size_of(part) for part in flat))
             data = any(is_data(part) for part in flat)
             self._made[key] = Axis(Kind.CONCAT, total, node, data, parts=tuple(flat))
+        return whole(self._made[key])
+
+    def _constants_joined(self, parts: Sequence[Dim], node: fx.Node | None) -> list[Dim]:
+        """``parts`` with one axis for each run of those without data: only its size counts."""
+        joined: list[Dim] = []
+        for data, neighbours in groupby(parts, key=is_data):
+            run = list(neighbours)
+            joined += run if data else [self._constant(sum(map(size_of, run), ZERO), node)]
+        return joined
+
+    def _constant(self, size: Size, node: fx.Node | None) -> Dim:
+        key = ("constant", size)
+        if key not in self._made:
+            self._made[key] = Axis(Kind.CONSTANT, size, node, data=False)
         return whole(self._made[key])
 
     def _join(self, left: Dim, right: Dim, node: fx.Node | None) -> Dim | None:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx
 
 from tokenpass import compiler_torch_internals as compiler_internals
-from tokenpass.analysis import Analysis, Inputs, analyse
+from tokenpass.analysis import Analysis, Inputs, analyse, with_tokens_together
 from tokenpass.blocks import NoMatch
 from tokenpass.errors import NotUnderstoodError, OptionError
 from tokenpass.gating import Gating, gateable, passing, passing_counts
@@ -92,7 +92,7 @@ def gate_planner(
     module: fx.GraphModule, inputs: Sequence[Any]
 ) -> Callable[[Eventful], GraphReport]:
     """What gates with other budgets would do to a graph, which is analysed once."""
-    analysis = analyse(module, inputs)
+    analysis = with_tokens_together(analyse(module, inputs))
     return lambda method: plan_gates(analysis, method, always=False).report
 
 
@@ -120,7 +120,7 @@ def gate_graph(
     """
     planned = Gated(GraphReport())
     try:
-        analysis = analyse(module, inputs)
+        analysis = with_tokens_together(analyse(module, inputs))
         planned = plan_gates(analysis, method, always=always)
         if planned.plan is None or dry:
             return planned

@@ -119,19 +119,22 @@ class Masking(TorchDispatchMode):
     def _adds(self, numbers: Iterator[int | None]) -> Callable[..., Tensor]:
         def hook(module: nn.Module, args: Any, out: Tensor) -> Tensor:
             number = next(numbers)
-            rows = self.places.rows(out).clone()
-            start = self.places.before
-            patches = rows[:, start : start + self.count]
+            rows, patches = self.rows_of(out)
             if self.frozen is not None:
-                rows[:, start : start + self.count] = self._ignoring_the_gone(patches)
+                patches[:] = self._ignoring_the_gone(patches)
             if number is not None and number in self.cuts:
-                self.frozen = rows[:, start : start + self.count].clone()
+                self.frozen = patches.clone()
                 self._cut(self.cuts[number], self.frozen)
                 if self.merges:
-                    rows[:, start : start + self.count] = self.frozen
+                    patches[:] = self.frozen
             return self.places.stream(rows)
 
         return hook
+
+    def rows_of(self, stream: Tensor) -> tuple[Tensor, Tensor]:
+        """A copy of a stream as rows ``(B, N, C)``, and a view of those of the patch tokens."""
+        rows = self.places.rows(stream).clone()
+        return rows, rows[:, self.places.before :][:, : self.count]
 
     def _ignoring_the_gone(self, patches: Tensor) -> Tensor:
         """``patches`` ``(B, N, C)`` with the rows that tokens have which left."""

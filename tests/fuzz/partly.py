@@ -70,23 +70,19 @@ class Partly(Masking):
         x, branch = args
         if self.frozen is None:
             return None
-        rows = self.places.rows(branch).clone()
-        start = self.places.before
-        patches = rows[:, start : start + self.count]
+        rows, patches = self.rows_of(branch)
         if self.merges:
-            changed = patches.gather(1, self.owner[..., None].expand_as(patches))
+            patches[:] = patches.gather(1, self.owner[..., None].expand_as(patches))
         else:
-            changed = patches * self.present[..., None]
-        rows[:, start : start + self.count] = changed
+            patches[:] = patches * self.present[..., None]
         return x, self.places.stream(rows)
 
     def _cuts(self, number: int) -> Callable[..., Tensor | None]:
         def hook(module: nn.Module, args: Any, out: Tensor) -> Tensor | None:
             if number not in self.cuts:
                 return None
-            rows = self.places.rows(out).clone()
-            start = self.places.before
-            self.frozen = rows[:, start : start + self.count].clone()
+            rows, patches = self.rows_of(out)
+            self.frozen = patches.clone()
             self.received = self._distances(self.frozen)
             if not self.safe:
                 budget = list(self.cuts.values())[-1]
@@ -96,7 +92,7 @@ class Partly(Masking):
                 ]
             self._cut(self.cuts[number], self.frozen)
             if self.merges:
-                rows[:, start : start + self.count] = self.frozen
+                patches[:] = self.frozen
             return self.places.stream(rows)
 
         return hook

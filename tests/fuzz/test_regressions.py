@@ -51,33 +51,9 @@ CASES = {
         Encoder(
             patch=1,
             embed="stem",
-            prefix=2,
-            suffix=2,
-            table_over="all",
             blocks=(
                 Block(
-                    attention=Attention(
-                        spelling="keys first",
-                        projections="separate",
-                        scale="divided",
-                        join="contiguous view",
-                    ),
-                    norms="root mean square",
-                    residual="scaled",
-                    detour="grid",
-                ),
-                Block(
-                    attention=Attention(
-                        heads=4,
-                        spelling="baddbmm",
-                        projections="views",
-                        key_heads=2,
-                        bias=False,
-                        scale="both",
-                        norm="unit",
-                        position="halves",
-                        join="contiguous view",
-                    ),
+                    attention=Attention(heads=4, spelling="baddbmm", key_heads=2),
                     norms="none",
                     placement="one sum",
                 ),
@@ -86,15 +62,41 @@ CASES = {
             head="class",
             double=False,
         ),
+        also="eventful",
+    ),
+    "one head of a stream of one row, which looks like the stream": Case(
+        Encoder(
+            grid=(1, 8),
+            layout="image",
+            blocks=(Block(), Block(attention=Attention(heads=1))),
+            extra="branch",
+        ),
         keep=0.75,
+    ),
+    "a stream that is returned under another name, and written into": Case(
+        Encoder(
+            grid=(1, 8),
+            layout="image",
+            blocks=(Block(), Block(residual="in place")),
+            extra="branch",
+        ),
+        keep=0.75,
+    ),
+    "a slice of all tokens that were split and put together, behind a gate": Case(
+        Encoder(
+            blocks=(
+                Block(
+                    attention=Attention(position="halves"),
+                    detour="split",
+                ),
+            ),
+            prefix=0,
+        ),
         also="eventful",
     ),
     "a stream whose dimensions change places": Case(
         Encoder(layout="channels first", blocks=(Block(), Block(built_in=True)), final_norm=False),
         keep=0.75,
-    ),
-    "a second cut behind a block that needs all tokens": Case(
-        Encoder(prefix=2, blocks=(Block(detour="split"),) * 3), keep=0.75, also="merge"
     ),
 }
 

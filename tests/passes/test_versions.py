@@ -169,6 +169,34 @@ def test_mixing_at_full_budget_is_exact(name: str) -> None:
         assert relative_error(fast(tiny.images()), model(tiny.images())) <= 1e-5
 
 
+def test_a_cut_where_all_tokens_came_back() -> None:
+    """Breaks if a cut looks for the tokens of the one before it where there are all of them.
+
+    Each block begins with a scan, for which tokens come back with their own last value, and ends
+    with a cut: nothing is lost, whatever the budget.
+    """
+
+    class Scanned(tiny.Block):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.cumsum(1) / 4)
+
+    model = tiny.Encoder([Scanned() for _ in range(3)])
+    options: dict[str, Any] = {"inner": "eager", "always_rewrite": True}
+    options |= {
+        "dropped": "discard",
+        "output": "pruned",
+        "stages": ((1, 0.75), (2, 0.5), (3, 0.25)),
+    }
+    fast = torch.compile(model, backend="tokenpass", options=options)
+    with torch.no_grad():
+        found, expected = fast(tiny.images()), model(tiny.images())
+    kept = functional.pad(tokenpass.kept(fast) + 1, (1, 0))
+    rows = expected.gather(1, kept[..., None].expand(-1, -1, tiny.WIDTH))
+    assert relative_error(found, rows) <= 1e-5
+    assert [row.tokens_out for row in tokenpass.stats(fast).blocks] == [12, 8, 4]
+    assert tokenpass.report(fast).converted
+
+
 def test_what_is_written_in_place_is_never_cut() -> None:
     """Breaks if tokens leave a stream that something writes into under another name."""
 
