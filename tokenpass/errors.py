@@ -23,3 +23,9 @@ class NothingRecordedError(TokenpassError, RuntimeError):
 
 class TokenpassWarning(UserWarning):
     """Something the user should know: nothing converted, a rewrite undone."""
+
+
+def described(error: BaseException) -> str:
+    """Kind and first line of an exception that somebody else's code raised."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -15,7 +15,7 @@ from tokenpass import compiler_torch_internals as compiler_internals
 from tokenpass import torch_internals as internals
 from tokenpass.budgets import for_flops
 from tokenpass.calibration import Calibration, calibrated
-from tokenpass.errors import OptionError, TokenpassError
+from tokenpass.errors import OptionError, TokenpassError, described
 from tokenpass.export import planned
 from tokenpass.gated import gate_graph
 from tokenpass.methods import Eventful, HiPrune, Method
@@ -79,18 +79,13 @@ def explain(
         if not compiler_internals.is_failure_of_dynamo(error):
             raise
         return Report(
-            graphs, [Refusal(f"torch.compile itself fails on this model: {_line(error)}")]
+            graphs, [Refusal(f"torch.compile itself fails on this model: {described(error)}")]
         )
     if not graphs:
         raise TokenpassError(
             f"Dynamo captured no graph of {type(target).__name__}: does it run under torch.compile?"
         )
     return Report(graphs, _outside(target, args, kwargs, ran), _machine(devices))
-
-
-def _line(error: Exception) -> str:
-    """The first line of what an error says."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _machine(devices: Sequence[torch.device]) -> Calibration | None:

@@ -11,7 +11,7 @@ from torch import fx
 from tokenpass import compiler_torch_internals as compiler_internals
 from tokenpass.analysis import Analysis, Inputs, analyse, for_these_sizes
 from tokenpass.blocks import Block, NoMatch
-from tokenpass.errors import NotUnderstoodError, OptionError, TokenpassWarning
+from tokenpass.errors import NotUnderstoodError, OptionError, TokenpassWarning, described
 from tokenpass.graph import expression
 from tokenpass.logs import log
 from tokenpass.methods import DEFAULT_KEEP, HiPrune
@@ -329,7 +329,7 @@ def undone(planned: Rewrite, error: Exception) -> Rewrite:
 
 def failed(report: GraphReport, error: Exception) -> GraphReport:
     """The report of a rewrite that failed and was undone; warns."""
-    reason = f"the rewrite failed and was undone: {type(error).__name__}: {error}"
+    reason = f"the rewrite failed and was undone: {described(error)}"
     log.debug("rewrite undone", exc_info=error)
     warnings.warn(f"tokenpass: {reason}", TokenpassWarning, stacklevel=2)
     blocks = [

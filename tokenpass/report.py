@@ -211,11 +211,12 @@ class Report:
         flows = [markup.Flow(row.tokens_in, row.tokens_out, row.updated) for row in rows]
         proof = [line for graph in self.graphs for line in graph.proof]
         cells = [(number, *row.cells) for number, row in enumerate(rows, 1)]
-        parts = [f"<style>{markup.STYLE}</style>", f"<p>{markup.text(self._summary())}</p>"]
+        summary = "<br>".join(map(markup.text, self._summary().splitlines()))
+        parts = [f"<style>{markup.STYLE}</style>", f"<p>{summary}</p>"]
         if rows:
             parts += [
                 markup.flow_figure(flows),
-                markup.table([title for title, *_ in BLOCK_COLUMNS], cells),
+                markup.table(BLOCK_COLUMNS, cells),
             ]
         if proof:
             parts.append(
@@ -247,20 +248,14 @@ def _giga(flops: int) -> str:
     return f"{flops / 1e9:.3f}"
 
 
-BLOCK_COLUMNS = (
-    ("block", 5, 1),
-    ("tokens", 12, 3),
-    ("attention", 11, 2),
-    ("mlp", 9, 4),
-    ("from", 18, 8),
-)
-"""Title, least width, and share of the rest of the width."""
+BLOCK_COLUMNS = ("block", "tokens", "attention", "mlp", "from")
 
 
 def _block_table(graph: GraphReport, width: int) -> Table:
     table = Table(box=None, pad_edge=False, width=width)
-    for title, least, ratio in BLOCK_COLUMNS:
-        table.add_column(title, min_width=least, ratio=ratio, no_wrap=True, overflow="ellipsis")
+    for title in BLOCK_COLUMNS:
+        rest = 1 if title == BLOCK_COLUMNS[-1] else None
+        table.add_column(title, ratio=rest, no_wrap=True, overflow="ellipsis")
     for number, row in enumerate(graph.blocks, 1):
         table.add_row(str(number), *row.cells)
     return table

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -75,6 +77,33 @@ def test_explain_says_no(run: Run) -> None:
 def test_inputs_by_name(run: Run) -> None:
     """Breaks if inputs of a dictionary do not reach the model by their names."""
     assert run("explain", USER.replace(":classifier", ":by_name"), "--json").data["converted"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("named", ["user", "timm"], indirect=True)
+def test_explain_writes_a_page(run: Run, named: list[str], photos: Path, tmp_path: Path) -> None:
+    """Breaks if the page is of another report, or shows other tokens than the model keeps."""
+    page, photo = tmp_path / "out.html", photos / "1.png"
+    given = ["explain", *named, "--keep", 0.5, "--html", page]
+    assert run(*given).code == 0
+    assert "<table" in (plain := page.read_text(encoding="utf-8"))
+    assert "data:image" not in plain
+    ended = run(*given, "--image", photo, "--json")
+    assert ended.code == 0, ended.err
+    assert ended.data["kept"] == round(0.5 * ended.data["tokens"])
+    written = page.read_text(encoding="utf-8")
+    assert re.search(r"(src|href)=.https?:", written) is None
+    found = re.search(r'<script id="data"[^>]*>(.*?)</script>', written)
+    assert found is not None
+    shown = {c["keep"]: c["positions"] for c in json.loads(found[1])["choices"]}
+
+    asked = dict(zip(named[1::2], named[2::2], strict=True))
+    loaded = load(named[0], asked.get("--input"), asked.get("--weights"))
+    backend = tokenpass.backend(tokenpass.HiPrune(keep=0.3), inner="eager", always_rewrite=True)
+    fast = torch.compile(loaded.model, backend=backend)
+    with torch.inference_mode():
+        loaded.call(fast, input_of(loaded, read(photo, *loaded.images.shape[2:])))
+    assert shown[0.3] == tokenpass.kept(fast)[0].tolist()
 
 
 @pytest.mark.slow

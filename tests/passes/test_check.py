@@ -30,7 +30,7 @@ class SeededError(Exception):
 
 
 def fails(*args: Any, **kwargs: Any) -> Any:
-    raise SeededError("on purpose")
+    raise SeededError("on purpose\n\nWhile executing ...")
 
 
 def compiled(**options: Any) -> tuple[Any, tiny.Encoder]:
@@ -53,6 +53,7 @@ def held_to_account(fast: Any, model: Callable[..., Tensor], reason: str) -> Non
     report = tokenpass.report(fast)
     assert not report.converted
     assert [reason in item.reason for item in report.refusals].count(True) == 1
+    assert not any("\n" in item.reason for item in report.refusals)
     assert report.flops == report.flops_before
     kept = tokenpass.stats(fast)
     assert all(row.tokens_in == row.tokens_out for row in kept.blocks)

@@ -13,7 +13,8 @@ import tokenpass
 from tokenpass.cli import choice
 from tokenpass.cli.explain import planned
 from tokenpass.cli.models import Loaded, load
-from tokenpass.cli.screen import InputError, described, print_json, results, track, working
+from tokenpass.cli.screen import InputError, print_json, results, track, working
+from tokenpass.errors import described
 from tokenpass.methods import Eventful
 from tokenpass.options import Settings, parse_options
 from tokenpass.timing import Times, interleaved

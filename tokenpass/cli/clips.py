@@ -14,7 +14,8 @@ import numpy as np
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
-from tokenpass.cli.screen import InputError, described
+from tokenpass.cli.screen import InputError
+from tokenpass.errors import described
 
 Pixels = NDArray[np.uint8]
 

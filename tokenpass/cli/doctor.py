@@ -17,7 +17,8 @@ from torch.nn import functional
 
 import tokenpass
 from tokenpass.cli import choice
-from tokenpass.cli.screen import NO, described, print_json, results, track
+from tokenpass.cli.screen import NO, print_json, results, track
+from tokenpass.errors import described
 
 OPTIONAL = {
     "timm": "models timm:NAME",

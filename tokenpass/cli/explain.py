@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
+import typer
 
 import tokenpass
 from tokenpass.cli import choice
 from tokenpass.cli.models import Loaded, load
-from tokenpass.cli.screen import NO, InputError, described, print_json, results, working
-from tokenpass.errors import TokenpassError
+from tokenpass.cli.page import write_page
+from tokenpass.cli.screen import NO, InputError, print_json, results, working
+from tokenpass.errors import TokenpassError, described
 from tokenpass.graph import short_place
 from tokenpass.methods import Method
 from tokenpass.options import parse_options
@@ -27,6 +30,13 @@ def command(
     config: choice.ConfigFile = None,
     set: choice.Set = None,
     weights: choice.Weights = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a page as well: one file.")
+    ] = None,
+    image: Annotated[
+        Path | None,
+        typer.Option(metavar="PHOTO", help="On the page: which of its tokens stay, by budget."),
+    ] = None,
     as_json: choice.Json = False,
 ) -> int:
     """Show blocks, tokens, cost and refusals; nothing is compiled.
@@ -35,6 +45,8 @@ def command(
     """
     given = choice.options(method, keep, set, target_flops=target_flops, config=config)
     settings = parse_options(given)
+    if image is not None and html is None:
+        raise InputError(f"--image {image}: pass --html FILE, the page to show it on")
     if settings.target_ms is not None:
         raise InputError("target_ms is found by timing: explain compiles nothing")
     wanted = settings.method
@@ -51,6 +63,8 @@ def command(
             with torch.no_grad():
                 wanted = loaded.call(solve)
         report = planned(loaded, wanted)
+    if html is not None:
+        write_page(html, loaded, report, wanted, image)
     if as_json:
         print_json({"model": model, "method": repr(wanted), **as_data(report)})
     else:

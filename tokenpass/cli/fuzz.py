@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 
 from tokenpass.cli import choice
-from tokenpass.cli.screen import NO, InputError, described, notes, print_json, results
+from tokenpass.cli.screen import NO, InputError, notes, print_json, results
+from tokenpass.errors import described
 
 FUZZER = Path("tests", "fuzz", "__main__.py")
 

@@ -18,12 +18,11 @@ from tokenpass.cli import choice
 from tokenpass.cli.answers import agreement, answer_of
 from tokenpass.cli.explain import planned
 from tokenpass.cli.models import Loaded, load
-from tokenpass.cli.pictures import Picture, input_of, pictures_in, read, size_of
+from tokenpass.cli.pictures import Picture, grid_of, input_of, pictures_in, read, size_of
 from tokenpass.cli.screen import InputError, print_json, results, say, track, whole_file, working
 from tokenpass.cuts import Cut
 from tokenpass.methods import HiPrune
 from tokenpass.options import parse_options
-from tokenpass.report import Report
 
 DPI = 120
 
@@ -96,21 +95,6 @@ def command(
         count = sum(len(row.get("files", ())) for row in rows)
         say(f"written: {count} pictures in {out}")
     return 0
-
-
-def grid_of(report: Report, name: str) -> tuple[int, int]:
-    """Rows and columns of patches.
-
-    Raises:
-        InputError: If nothing is pruned, or the tokens form no grid in two dimensions.
-    """
-    if not report.converted:
-        reasons = "; ".join(dict.fromkeys(item.reason for item in report.refusals))
-        raise InputError(f"{name} is left as it is: {reasons}")
-    if len(report.grid) != 2:
-        raise InputError(f"{name}: its tokens form no grid in two dimensions")
-    rows, columns = report.grid
-    return rows, columns
 
 
 def names_of(paths: list[Path]) -> list[str]:

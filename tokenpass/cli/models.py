@@ -8,12 +8,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module, util
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from tokenpass.cli.screen import InputError, described
+from tokenpass.cli.screen import InputError
+from tokenpass.errors import described
 
 FORMS = "timm:NAME, torchvision:NAME, transformers:CLASS[:CONFIG.json], FILE.pt2, FILE.py:FUNCTION"
 
@@ -110,11 +111,7 @@ class Loaded:
 
     def _place(self) -> int | str:
         for key, value in self._inputs().items():
-            if (
-                isinstance(value, Tensor)
-                and value.dim() == PICTURE_DIMS
-                and value.is_floating_point()
-            ):
+            if _holds_pictures(value):
                 return key
         raise InputError(f"{self.name} takes no pictures: none of its inputs is (B, C, H, W)")
 
@@ -267,9 +264,14 @@ def _batch_of(program: torch.export.ExportedProgram) -> int | None:
     given = set(program.graph_signature.user_inputs)
     for node in program.graph.nodes:
         value = node.meta.get("val")
-        if node.name in given and isinstance(value, Tensor) and value.dim() == PICTURE_DIMS:
+        if node.name in given and _holds_pictures(value):
             return value.shape[0] if isinstance(value.shape[0], int) else None
     return None
+
+
+def _holds_pictures(value: object) -> TypeGuard[Tensor]:
+    """Whether an input is ``(B, C, H, W)``."""
+    return isinstance(value, Tensor) and value.dim() == PICTURE_DIMS and value.is_floating_point()
 
 
 def _function(spec: str, shape: Shape | None) -> Loaded:

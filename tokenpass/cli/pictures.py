@@ -12,7 +12,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from tokenpass.cli.models import Loaded
-from tokenpass.cli.screen import InputError, described
+from tokenpass.cli.screen import InputError
+from tokenpass.errors import described
+from tokenpass.report import Report
 
 Picture = NDArray[np.float32]
 
@@ -76,3 +78,18 @@ def size_of(loaded: Loaded) -> tuple[int, int]:
     if channels != 3:
         raise InputError(f"{loaded.name} takes pictures of {channels} channels: expected 3")
     return height, width
+
+
+def grid_of(report: Report, name: str) -> tuple[int, int]:
+    """Rows and columns of patches.
+
+    Raises:
+        InputError: If nothing is pruned, or the tokens form no grid in two dimensions.
+    """
+    if not report.converted:
+        reasons = "; ".join(dict.fromkeys(item.reason for item in report.refusals))
+        raise InputError(f"{name} is left as it is: {reasons}")
+    if len(report.grid) != 2:
+        raise InputError(f"{name}: its tokens form no grid in two dimensions")
+    rows, columns = report.grid
+    return rows, columns

@@ -63,12 +63,6 @@ def one_line(message: object) -> str:
     return " ".join(str(message).split())
 
 
-def described(error: BaseException) -> str:
-    """Kind and first line of an exception that somebody else's code raised."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
 def print_json(value: Any) -> None:
     """The result for machines."""
     sys.stdout.write(json.dumps(value, indent=2) + "\n")
