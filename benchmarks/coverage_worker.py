@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import tokenpass
-from tokenpass.errors import TokenpassWarning
+from tokenpass.errors import TokenpassWarning, described
 from tokenpass.graph import short_place
 from tokenpass.report import Report
 
@@ -84,7 +84,7 @@ def measure(entry: Any, *, numerics: bool) -> Row:
             elif numerics:
                 row["left"] = reason
     except Exception as error:
-        row["error"] = _described(error)
+        row["error"] = described(error)[:MESSAGE]
     row["seconds"] = round(time.perf_counter() - started, 1)
     return row
 
@@ -93,7 +93,7 @@ def spread(model: nn.Module) -> None:
     """Give parameters that begin at zero (LayerScale, biases) values that matter."""
     generator = torch.Generator().manual_seed(SEED)
     for parameter in model.parameters():
-        if parameter.is_floating_point() and parameter.abs().max() < 1e-3:
+        if parameter.is_floating_point() and parameter.numel() and parameter.abs().max() < 1e-3:
             parameter.data.normal_(0.0, 0.05, generator=generator)
 
 
@@ -114,14 +114,9 @@ def _guarded(run: Callable[[], Row]) -> Row:
         own = [str(item.message) for item in caught if item.category is TokenpassWarning]
         return row | ({"warnings": [text[:MESSAGE] for text in own]} if own else {})
     except Exception as error:
-        return {"error": _described(error)}
+        return {"error": described(error)[:MESSAGE]}
     finally:
         torch._dynamo.reset()
-
-
-def _described(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:MESSAGE]
 
 
 # ------------------------------------------------------------ what is found
