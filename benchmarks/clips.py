@@ -13,7 +13,8 @@ from torch import Tensor
 from benchmarks.data import DataMissingError, data_file
 from examples.saliency import MEAN, STD
 from tokenpass.cli import clips as package
-from tokenpass.cli.clips import Pixels, frame_rate
+from tokenpass.cli.clips import frame_rate
+from tokenpass.cli.pictures import Pixels
 
 __all__ = ["Pixels", "clips", "frame_rate", "frames", "normalised", "pictures", "successive"]
 

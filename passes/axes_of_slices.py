@@ -63,11 +63,10 @@ def _slice(ctx: RuleContext, node: fx.Node) -> Effect:
         return Effect(What.VIEW, (before,), (before,), literals=bounds)
     if step != 1:
         size = out_shape(node)[place]
-        taken = _every(dim, start, sympy.Integer(step), size)
-        what = What.INDEX if taken is None else What.VIEW
-        if taken is None:
-            taken = ctx.fresh(Kind.OPAQUE, size, node, data=is_data(dim))
+        digit = _every(dim, start, sympy.Integer(step), size)
+        taken = ctx.fresh(Kind.OPAQUE, size, node, data=is_data(dim)) if digit is None else digit
         outs = (*before[:place], taken, *before[place + 1 :])
+        what = What.INDEX if digit is None else What.VIEW
         return Effect(what, (outs,), (before,), axes_of([dim]))
     taken = ctx.table.slice(dim, start, stop, node)
     outs = (*before[:place], taken, *before[place + 1 :])

@@ -93,10 +93,7 @@ class Conversions:
             if not any(self._grid.carried_by(dim) for dim in literal.dims):
                 continue
             sizes = [self._layout.extent(self._grid.resized(dim, count)) for dim in literal.dims]
-            if literal.total:
-                changes[literal.argument] = sum(sizes, 0) + self._layout.extent(literal.offset)
-            else:
-                changes[literal.argument] = sizes
+            changes[literal.argument] = literal.value(sizes, self._layout.extent(literal.offset))
         return changes
 
     def _tokens(self, version: int) -> Extent:

@@ -124,5 +124,5 @@ class GraphRun:
         changes: dict[str, Any] = {}
         for literal in self.facts.effects[node].literals:
             sizes = layout.sizes(literal.dims, count)
-            changes[literal.argument] = sum(sizes) + int(literal.offset) if literal.total else sizes
+            changes[literal.argument] = literal.value(sizes, int(literal.offset))
         return self.call(node, *with_arguments(node, args, kwargs, changes))

@@ -59,10 +59,7 @@ def rejoin(captured: Captured, facts: Facts) -> Captured | None:
     joins = {join.node: join for join in map(_Widening(facts).join, facts.graph.nodes) if join}
     if not joins:
         return None
-    found = recapture(captured, lambda *inputs: _Rejoining(captured, facts, joins).run(inputs))
-    found.module.graph.eliminate_dead_code()
-    found.module.recompile()
-    return found
+    return recapture(captured, lambda *inputs: _Rejoining(captured, facts, joins).run(inputs))
 
 
 class _Widening:
@@ -151,6 +148,8 @@ class _Rejoining(GraphRun):
         super().__init__(captured, facts)
         self.joins = joins
         self.wide: dict[tuple[fx.Node, Part], Tensor] = {}
+        self.padded: dict[tuple[fx.Node, Part, int], Tensor] = {}
+        self.since: dict[tuple[Part, int, torch.device], Tensor] = {}
 
     def visit(self, node: fx.Node) -> None:
         join = self.joins.get(node)
@@ -162,11 +161,19 @@ class _Rejoining(GraphRun):
     def _joined(self, join: Join) -> Tensor:
         (first, part), *others = join.parts
         joined = self._whole(first, part)
-        shape = [-1] + [1] * (joined.dim() - join.place - 1)
-        tokens = torch.arange(joined.shape[join.place], device=joined.device).reshape(shape)
+        behind = joined.dim() - join.place - 1
         for source, part in others:
-            joined = torch.where(tokens >= part.start, self._whole(source, part), joined)
+            since = self._since(part, behind, joined.device)
+            joined = torch.where(since, self._whole(source, part), joined)
         return joined
+
+    def _since(self, part: Part, behind: int, device: torch.device) -> Tensor:
+        """Which tokens are those of a part or later ones, for ``behind`` dimensions after them."""
+        key = (part, behind, device)
+        if key not in self.since:
+            tokens = torch.arange(int(size_of(part.all)), device=device)
+            self.since[key] = (tokens >= part.start).reshape([-1] + [1] * behind)
+        return self.since[key]
 
     def _whole(self, node: fx.Node, part: Part) -> Tensor:
         """What ``node`` computes with a part, computed with all tokens."""
@@ -187,7 +194,7 @@ class _Rejoining(GraphRun):
         for literal in effect.literals:
             dims = [part.all if dim == part.dim else dim for dim in literal.dims]
             sizes = [int(size_of(dim)) for dim in dims]
-            changes[literal.argument] = sum(sizes) + int(literal.offset) if literal.total else sizes
+            changes[literal.argument] = literal.value(sizes, int(literal.offset))
         result: Tensor = self.call(node, *with_arguments(node, args, kwargs, changes))
         return result
 
@@ -199,4 +206,7 @@ class _Rejoining(GraphRun):
         behind = len(seen) - seen.index(part.dim) - 1
         if len(own) <= behind or not own[len(own) - 1 - behind]:
             return table
-        return functional.pad(table, [0, 0] * behind + [*part.padding])
+        key = (source, part, behind)
+        if key not in self.padded:
+            self.padded[key] = functional.pad(table, [0, 0] * behind + [*part.padding])
+        return self.padded[key]

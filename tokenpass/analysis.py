@@ -88,6 +88,10 @@ def _analyse(module: fx.GraphModule, inputs: Inputs) -> Analysis:
     held = inputs if isinstance(inputs, GraphInputs) else dynamo_inputs(module, inputs)
     captured = capture(module, held, DECOMPOSITIONS)
     functionalise(captured.module.graph, captured.mode)
+    return _understood(captured)
+
+
+def _understood(captured: Captured) -> Analysis:
     captured.module.graph.eliminate_dead_code()
     captured.module.recompile()
     facts = label_axes(captured.module.graph, captured.constants)
@@ -100,10 +104,7 @@ def with_tokens_together(analysis: Analysis) -> Analysis:
     See :mod:`tokenpass.passes.rejoin`.
     """
     captured = rejoin(analysis.captured, analysis.facts)
-    if captured is None:
-        return analysis
-    facts = label_axes(captured.module.graph, captured.constants)
-    return Analysis(captured, facts, find_blocks(facts))
+    return analysis if captured is None else _understood(captured)
 
 
 def for_these_sizes(analysis: Analysis, module: fx.GraphModule, inputs: Inputs) -> Analysis | None:

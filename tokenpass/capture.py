@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -126,23 +126,28 @@ def capture(
         NotUnderstoodError: If the graph holds what cannot be traced again.
     """
     run = Capturing(without_flex_attention(module)).run
+    return _captured(run, inputs, decompositions)
+
+
+def recapture(captured: Captured, run: Callable[..., Any]) -> Captured:
+    """The canonical graph of ``run``, which takes what ``captured`` takes."""
+    placeholders = captured.module.graph.find_nodes(op="placeholder")
+    constants = frozenset(i for i, node in enumerate(placeholders) if node in captured.constants)
+    inputs = GraphInputs(captured.inputs, constants, captured.mode, captured.fixable)
+    return _captured(run, inputs)
+
+
+def _captured(
+    run: Callable[..., Any],
+    inputs: GraphInputs,
+    decompositions: Mapping[Any, Callable[..., Any]] | None = None,
+) -> Captured:
     traced = internals.trace(run, inputs.fakes, inputs.mode, decompositions)
     placeholders = traced.graph.find_nodes(op="placeholder")
     constants = frozenset(placeholders[number] for number in inputs.constants)
     _mark_regions(traced.graph)
     traced.recompile()
     return Captured(traced, constants, inputs.fakes, inputs.mode, inputs.fixable)
-
-
-def recapture(captured: Captured, run: Callable[..., Any]) -> Captured:
-    """The canonical graph of ``run``, which takes what ``captured`` takes."""
-    traced = internals.trace(run, captured.inputs, captured.mode)
-    own, new = (g.find_nodes(op="placeholder") for g in (captured.module.graph, traced.graph))
-    pairs = zip(own, new, strict=True)
-    _mark_regions(traced.graph)
-    traced.recompile()
-    constants = frozenset(after for before, after in pairs if before in captured.constants)
-    return replace(captured, module=traced, constants=constants)
 
 
 def _mark_regions(graph: fx.Graph) -> None:

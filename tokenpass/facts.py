@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 import sympy
 from torch import fx
@@ -44,6 +45,15 @@ class Literal:
     dims: Dims
     total: bool = False
     offset: Size = ZERO
+
+    def value(self, sizes: Sequence[Any], offset: Any) -> Any:
+        """The argument where the dimensions have these sizes.
+
+        Args:
+            sizes: One for each of ``dims``.
+            offset: The same number as :attr:`offset`, of the kind that the sizes are.
+        """
+        return sum(sizes, offset) if self.total else list(sizes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,12 +12,10 @@ from pathlib import Path
 import av
 import numpy as np
 from av.video.stream import VideoStream
-from numpy.typing import NDArray
 
+from tokenpass.cli.pictures import Pixels
 from tokenpass.cli.screen import InputError
 from tokenpass.errors import described
-
-Pixels = NDArray[np.uint8]
 
 CODECS = ("libx264", "mpeg4")
 """The first one that FFmpeg was built with is used."""
@@ -127,9 +125,3 @@ def writing(path: Path, rate: float) -> Iterator[Writer]:
         writer = Writer(container, rate)
         yield writer
         writer.finish()
-
-
-def to_pixels(values: NDArray[np.floating]) -> Pixels:
-    """A picture ``(H, W, 3)``, 0 to 1, as a frame, 0 to 255."""
-    pixels: Pixels = (255 * values).round().clip(0, 255).astype(np.uint8)
-    return pixels

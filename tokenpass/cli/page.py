@@ -6,12 +6,11 @@ from functools import partial
 from io import BytesIO
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 import tokenpass
 from tokenpass.cli.models import Loaded
-from tokenpass.cli.pictures import Picture, grid_of, input_of, read, size_of
+from tokenpass.cli.pictures import Picture, grid_of, input_of, read, size_of, to_pixels
 from tokenpass.cli.screen import InputError, say, whole_file, working
 from tokenpass.methods import HiPrune, Method
 from tokenpass.report import Report
@@ -56,7 +55,6 @@ def write_page(
 
 def _encoded(picture: Picture) -> bytes:
     """A photograph ``(H, W, 3)``, 0 to 1, as the bytes of a JPEG file."""
-    pixels = (picture * 255).round().clip(0, 255).astype(np.uint8)
     file = BytesIO()
-    Image.fromarray(pixels).save(file, "JPEG", quality=90)
+    Image.fromarray(to_pixels(picture)).save(file, "JPEG", quality=90)
     return file.getvalue()

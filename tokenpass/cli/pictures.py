@@ -17,6 +17,9 @@ from tokenpass.errors import described
 from tokenpass.report import Report
 
 Picture = NDArray[np.float32]
+"""Colours ``(H, W, 3)``, 0 to 1."""
+Pixels = NDArray[np.uint8]
+"""The same, 0 to 255."""
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 
@@ -54,6 +57,12 @@ def read(path: Path, height: int, width: int) -> Picture:
     except Exception as error:
         raise InputError(f"{path} is no picture ({described(error)})") from error
     return np.asarray(fitted, dtype=np.float32) / np.float32(255)
+
+
+def to_pixels(values: NDArray[np.floating]) -> Pixels:
+    """A picture ``(H, W, 3)``, 0 to 1, as a frame, 0 to 255."""
+    pixels: Pixels = (255 * values).round().clip(0, 255).astype(np.uint8)
+    return pixels
 
 
 def as_input(picture: Picture, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -18,10 +18,10 @@ from PIL import Image, ImageDraw, ImageFont
 import tokenpass
 from tokenpass import plot
 from tokenpass.cli import choice
-from tokenpass.cli.clips import Pixels, frame_count, frame_rate, pictures, to_pixels, writing
+from tokenpass.cli.clips import frame_count, frame_rate, pictures, writing
 from tokenpass.cli.explain import planned
 from tokenpass.cli.models import Loaded, load
-from tokenpass.cli.pictures import Picture, input_of, size_of
+from tokenpass.cli.pictures import Picture, Pixels, input_of, size_of, to_pixels
 from tokenpass.cli.screen import InputError, print_json, results, say, track, whole_file, working
 from tokenpass.methods import Eventful
 from tokenpass.options import parse_options
