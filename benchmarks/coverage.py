@@ -98,6 +98,13 @@ def known(row: Row, *, numerics: bool) -> bool:
     return looked and (not numerics or ran or "error" in row or "left" in row)
 
 
+def write(path: Path, rows: dict[str, Row]) -> None:
+    """An encoder a line, so that changes can be read."""
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(rows[name])}" for name in sorted(rows))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--zoo", type=Path, default=os.environ.get("TOKENPASS_ZOO"))
@@ -121,8 +128,7 @@ def main() -> None:
         if arguments.fresh or not known(rows.get(name, {}), numerics=not arguments.plan_only):
             rows[name] = worker.measure(name, numerics=not arguments.plan_only)
             rows[name]["commit"] = commit
-            arguments.results.parent.mkdir(parents=True, exist_ok=True)
-            arguments.results.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+            write(arguments.results, rows)
             console.print(_line(name, rows[name], seen.get(name, {})), highlight=False)
     worker.stop()
     write_page({name: rows.get(name, {}) for name in names}, seen)

@@ -26,6 +26,9 @@ at the full budget, relative to the largest value, with `always_rewrite=True, in
 pruning of one call, for gating of three frames that differ; empty where the model was only planned.
 An encoder that is left as it is has the error of the graph as it was captured, and where the
 library computes something else while it is traced, the graph is what the error is measured against.
+*At keep 0.5*: the same for `HiPrune(keep=0.5, dropped="discard")` against an executor that runs the
+original model on all tokens and masks those that left; empty where it cannot tell the attentions
+apart, as in windows.
 The run can be stopped and taken up again: what is empty has not been looked at yet. Where the rows
 come from: {commits}.
 """
@@ -73,6 +76,12 @@ def summary(rows: Rows, seen: Seen) -> str:
     wrong = [name for name, row in rows.items() if _worst(row) > TOLERANCE]
     over = ", ".join(wrong) or "none"
     lines.append(f"* {len(wrong)} have an error above {TOLERANCE:.0e}: {over}.")
+    masked = [row["prune"]["reduced"] for row in rows.values() if "reduced" in row.get("prune", {})]
+    if masked:
+        lines.append(
+            f"* {len(masked)} were held against masking at keep 0.5: the largest error is"
+            f" {max(masked):.1e}."
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -81,7 +90,9 @@ def _compared(rows: Rows, key: str) -> int:
 
 
 def table(rows: Rows, seen: Seen) -> str:
-    titles = ["model", "attentions", "pruned", "error", "gated", "error", "failures"]
+    titles = [
+        *("model", "attentions", "pruned", "error", "at keep 0.5", "gated", "error", "failures"),
+    ]
     cells = [_cells(name, row, seen.get(name, {})) for name, row in rows.items()]
     return markdown(titles, cells) + "\n"
 
@@ -113,19 +124,22 @@ def _cells(name: str, row: Mapping[str, Any], seen: Mapping[str, str]) -> list[s
         name,
         attentions,
         str(prune.get("converted", "")),
-        _number(prune),
+        _number(prune, "full"),
+        _number(prune, "reduced"),
         str(gate.get("converted", "")),
-        _number(gate),
+        _number(gate, "full"),
         "; ".join([*_errors(row), *([row["left"]] if "left" in row else [])]),
     ]
 
 
-def _number(part: Mapping[str, Any]) -> str:
-    return f"{part['full']:.1e}" if "full" in part else ""
+def _number(part: Mapping[str, Any], field: str) -> str:
+    return f"{part[field]:.1e}" if field in part else ""
 
 
 def _worst(row: Mapping[str, Any]) -> float:
-    return max((row.get(key, {}).get("full", 0.0) for key in ("prune", "gate")), default=0.0)
+    prune, gate = row.get("prune", {}), row.get("gate", {})
+    errors = [part.get(field, 0.0) for part in (prune, gate) for field in ("full", "reduced")]
+    return float(max(errors))
 
 
 def _errors(row: Mapping[str, Any]) -> list[str]:

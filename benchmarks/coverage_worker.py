@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import tokenpass
+from benchmarks.masking import with_fewer_tokens
 from tokenpass.errors import TokenpassWarning, described
 from tokenpass.graph import short_place
 from tokenpass.report import Report
@@ -80,6 +81,7 @@ def measure(entry: Any, *, numerics: bool) -> Row:
             row["gate"] = _method(model, call, tokenpass.Eventful(keep=0.5), inputs)
             if numerics and not (reason := _untraceable(row["prune"])):
                 row["prune"] |= _guarded(lambda: _pruned(model, call, inputs))
+                row["prune"] |= _guarded(lambda: _reduced(model, call, inputs))
                 row["gate"] |= _guarded(lambda: _gated(model, call, inputs))
             elif numerics:
                 row["left"] = reason
@@ -165,6 +167,18 @@ def _pruned(model: nn.Module, call: Callable[..., Any], inputs: Any) -> Row:
     return row
 
 
+def _reduced(model: nn.Module, call: Callable[..., Any], inputs: Any) -> Row:
+    """Relative error at half the tokens against the masking executor, where it can be told."""
+    method = tokenpass.HiPrune(keep=0.5, dropped="discard")
+    fast = _compiled(model, method, record_cuts=True)
+    found, graphs = call(fast, inputs), tokenpass.report(fast).graphs
+    if len(graphs) != 1 or not graphs[0].converted:
+        return {}
+    kept = [cut.kept for cut in tokenpass.cuts(fast)]
+    expected = with_fewer_tokens(lambda: call(model, inputs), graphs[0], kept)
+    return {} if expected is None else {"reduced": relative_error(found, *expected)}
+
+
 def _gated(model: nn.Module, call: Callable[..., Any], inputs: Any) -> Row:
     """Largest relative error over frames that all pass the gates."""
     fast = _compiled(model, tokenpass.Eventful(keep=1.0))
@@ -187,8 +201,8 @@ def _error(model: nn.Module, call: Callable[..., Any], inputs: Any, found: Any) 
     return relative_error(found, call(graph, inputs))
 
 
-def _compiled(model: nn.Module, method: Any) -> Any:
-    backend = tokenpass.backend(method, inner="eager", always_rewrite=True)
+def _compiled(model: nn.Module, method: Any, **options: Any) -> Any:
+    backend = tokenpass.backend(method, inner="eager", always_rewrite=True, **options)
     return torch.compile(model, backend=backend, dynamic=False)
 
 

@@ -6,11 +6,12 @@ A table stands between ``<!-- table: NAME -->`` and ``<!-- end of table -->``.
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from collections.abc import Callable
 
 from benchmarks.bars import SMALL, verdicts
-from benchmarks.environment import ROOT
+from benchmarks.environment import RESULTS, ROOT
 from benchmarks.suite import Column, Row, rows_of
 from benchmarks.tables import markdown
 
@@ -59,12 +60,35 @@ def gate() -> str:
     return markdown(titles, [[column.cell(row) for column in columns] for row in rows])
 
 
+def video() -> str:
+    """Real clips behind gates, random selection beside them."""
+    path = RESULTS / f"video-{KIND}.json"
+    results = json.loads(path.read_text(encoding="utf-8"))
+    rows = {(row["clip"], row["method"], row["keep"]): row for row in results["rows"]}
+    times = {(row["clip"], row["variant"]): row for row in results["times"]}
+    titles = ("clip", "keep", "FLOPs", "ms a frame", "of Inductor's time")
+    lines = []
+    for (clip, method, keep), row in rows.items():
+        if method == "random":
+            continue
+        time, other = times[clip, f"keep {keep:g}"], rows[clip, "random", keep]
+        lines.append(
+            (
+                *(clip, f"{keep:g}", f"{row['flops_share']:.2f}"),
+                *(f"{time['median_ms']:.0f}", f"{time['ratio']:.2f}"),
+                *(f"{found['mean_similarity']:.4f}" for found in (row, other)),
+                *(f"{found['mean_error']:.4f}" for found in (row, other)),
+            )
+        )
+    return markdown((*titles, "cosine", "random", "map error", "random"), lines)
+
+
 def bars() -> str:
     """All bars."""
     return markdown(("bar", "asked", "measured", ""), verdicts(KIND))
 
 
-TABLES: dict[str, Callable[[], str]] = {"prune": prune, "gate": gate, "bars": bars}
+TABLES: dict[str, Callable[[], str]] = {"prune": prune, "gate": gate, "video": video, "bars": bars}
 
 
 def filled(text: str) -> str:

@@ -1,0 +1,247 @@
+"""Any encoder with fewer tokens, without a rewrite: an executor that drops them by masking.
+
+It runs the original model, eagerly and on all tokens, and looks at the operators that PyTorch
+dispatches. A token that left weighs nothing as a key (a score of minus infinity) and in means over
+tokens; its rows are ignored: wherever something of the stream's shape is added to the stream, they
+go back to what they were when the token left. The cuts are given: what is compared is what is
+computed with them. Encoders whose attentions it cannot tell apart are not compared.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tokenpass.report import GraphReport
+
+aten = torch.ops.aten
+
+SOFTMAX = (aten._softmax.default, aten._safe_softmax.default)
+FUSED = aten._scaled_dot_product_flash_attention_for_cpu.default
+ADD = (aten.add.Tensor, aten.add_.Tensor)
+MEAN = aten.mean.dim
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Where patch tokens lie among all tokens.
+
+    Attributes:
+        before: Prefix tokens ahead of them.
+        count: Patch tokens.
+        total: All tokens.
+    """
+
+    before: int
+    count: int
+    total: int
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """How many tokens there can be: all, or patch tokens alone."""
+        return self.total, self.count
+
+    def among(self, present: Tensor, length: int) -> Tensor:
+        """``present`` ``(B, N)`` beside other tokens, which stay: ``(B, length)``."""
+        if length == self.count:
+            return present
+        shown = present.new_ones((present.shape[0], length))
+        shown[:, self.before : self.before + self.count] = present
+        return shown
+
+
+def tokens_of(report: GraphReport) -> Tokens | None:
+    """From the trail of the analysis; ``None`` where attention is not among all patch tokens."""
+    if any("attention stays on all" in line for line in report.proof):
+        return None
+    lines = [line for line in report.proof if line.startswith("one token axis")]
+    if not lines:
+        return None
+    parts = [(int(size), kind) for size, kind in re.findall(r"(\d+) (prefix|patch)", lines[0])]
+    kinds = [kind for _, kind in parts]
+    if kinds.count("patch") != 1:
+        return None
+    before = sum(size for size, _ in parts[: kinds.index("patch")])
+    total = sum(size for size, _ in parts)
+    return Tokens(before, report.tokens, total)
+
+
+class Watching(TorchDispatchMode):
+    """Sees the attentions among all tokens of ``images`` images, and what is added to the stream.
+
+    Attributes:
+        order: ``"attention"`` and ``"addition"``, as they came.
+    """
+
+    def __init__(self, tokens: Tokens, images: int) -> None:
+        super().__init__()
+        self.tokens, self.images = tokens, images
+        self.order: list[str] = []
+
+    def probabilities(self, values: Tensor, keys: int) -> Tensor:
+        """After a softmax, ``(B, h, Q, K)``; ``keys`` tokens are looked at."""
+        return values
+
+    def added(self, stream: Tensor) -> Tensor:
+        return stream
+
+    def mean(self, x: Tensor, dims: list[int], keepdim: bool) -> Tensor | None:
+        return None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is FUSED and self._is_attention(args[0].shape[-2], args[1].shape[-2]):
+            return self._fused(*args, **kwargs)
+        out = func(*args, **kwargs)
+        if func in SOFTMAX:
+            return self._softmax(out, args[1] % out.dim())
+        if func in ADD and self._is_stream(out, args):
+            self.order.append("addition")
+            changed = self.added(out)
+            return out.copy_(changed) if func is aten.add_.Tensor else changed
+        if func is MEAN and args[1] is not None:
+            dims = [dim % args[0].dim() for dim in args[1]]
+            mean = self.mean(args[0], dims, bool(args[2]) if len(args) > 2 else False)
+            return out if mean is None else mean
+        return out
+
+    def _is_attention(self, queries: int, keys: int) -> bool:
+        """Whether keys are tokens; notes those among all of them."""
+        if queries == keys == self.tokens.total:
+            self.order.append("attention")
+        return keys in self.tokens.lengths
+
+    def _softmax(self, out: Tensor, dim: int) -> Tensor:
+        wide = out.movedim(dim, -1)
+        if wide.dim() < 3 or not self._is_attention(*wide.shape[-2:]):
+            return out
+        by_image = wide.reshape(self.images, -1, *wide.shape[-2:])
+        shown = self.probabilities(by_image, wide.shape[-1])
+        return shown.reshape(wide.shape).movedim(-1, dim)
+
+    def _fused(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        dropout: float = 0.0,
+        causal: bool = False,
+        *,
+        attn_mask: Tensor | None = None,
+        scale: float | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        factor = query.shape[-1] ** -0.5 if scale is None else scale
+        scores = query @ key.mT * factor
+        if causal:
+            scores = scores.masked_fill(
+                ~scores.new_ones(scores.shape[-2:]).bool().tril(), -torch.inf
+            )
+        if attn_mask is not None:
+            scores = scores + attn_mask
+        shown = self.probabilities(scores.softmax(-1), key.shape[-2])
+        return shown @ value, scores.logsumexp(-1)
+
+    def _is_stream(self, out: Tensor, operands: Sequence[Any]) -> bool:
+        alike = [isinstance(x, Tensor) and x.shape == out.shape for x in operands[:2]]
+        return all(alike) and self.token_dim(out) is not None
+
+    def token_dim(self, x: Tensor) -> int | None:
+        """The dimension of a value ``(B, N, C)`` or ``(N, B, C)`` that holds the tokens."""
+        if x.dim() == 3:
+            for dim, other in ((1, 0), (0, 1)):
+                if x.shape[dim] in self.tokens.lengths and x.shape[other] == self.images:
+                    return dim
+        return None
+
+
+class Masking(Watching):
+    """Runs a model with fewer and fewer tokens.
+
+    Args:
+        tokens: Where they lie.
+        cuts: ``{addition: patch tokens that are left from there on, (B, N), bool}``.
+    """
+
+    def __init__(self, tokens: Tokens, cuts: dict[int, Tensor]) -> None:
+        super().__init__(tokens, next(iter(cuts.values())).shape[0])
+        self.cuts = cuts
+        self.present: Tensor | None = None
+        self.frozen: Tensor | None = None
+
+    def probabilities(self, values: Tensor, keys: int) -> Tensor:
+        if self.present is None:
+            return values
+        shown = values * self.tokens.among(self.present, keys)[:, None, None]
+        return shown / shown.sum(-1, keepdim=True)
+
+    def added(self, stream: Tensor) -> Tensor:
+        if self.present is not None and self.frozen is not None:
+            stream = torch.where(self._shown(stream), stream, self.frozen)
+        cut = self.cuts.get(self.order.count("addition"))
+        if cut is not None:
+            self.present, self.frozen = cut, stream.clone()
+        return stream
+
+    def mean(self, x: Tensor, dims: list[int], keepdim: bool) -> Tensor | None:
+        if self.present is None or dims != [self.token_dim(x)]:
+            return None
+        weights = self._shown(x).to(x.dtype)
+        return (x * weights).sum(dims, keepdim) / weights.sum(dims, keepdim)
+
+    def _shown(self, x: Tensor) -> Tensor:
+        """Which tokens of a value are left, to be broadcast with it."""
+        dim = self.token_dim(x)
+        assert dim is not None
+        assert self.present is not None
+        shown = self.tokens.among(self.present, x.shape[dim])
+        return (shown if dim else shown.T)[..., None]
+
+
+def with_fewer_tokens(
+    run: Callable[[], Any], report: GraphReport, kept: Sequence[Tensor]
+) -> tuple[Any] | None:
+    """What a model computes with fewer tokens.
+
+    Args:
+        run: Calls the original model.
+        report: On its only graph.
+        kept: Grid positions of the tokens that each cut leaves, ``(B, K)``.
+
+    Returns:
+        The output, or ``None`` where it cannot be told which operators the cuts are between.
+    """
+    tokens = tokens_of(report)
+    ends = [number for number, row in enumerate(report.blocks, 1) if row.tokens_out < row.tokens_in]
+    if tokens is None or len(ends) != len(kept):
+        return None
+    with _written_out():
+        with Watching(tokens, kept[0].shape[0]) as watching:
+            run()
+        begins = [place for place, what in enumerate(watching.order) if what == "attention"]
+        if len(begins) != len(report.blocks):
+            return None
+        begins.append(len(watching.order))
+        cuts: dict[int, Tensor] = {}
+        for end, positions in zip(ends, kept, strict=True):
+            left = torch.zeros(positions.shape[0], tokens.count, dtype=torch.bool)
+            cuts[watching.order[: begins[end]].count("addition")] = left.scatter(1, positions, True)
+        with Masking(tokens, cuts):
+            return (run(),)
+
+
+@contextmanager
+def _written_out() -> Iterator[None]:
+    """``nn.MultiheadAttention`` as the operators that it is made of."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
