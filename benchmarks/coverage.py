@@ -94,7 +94,8 @@ def _size(seen: dict[str, str]) -> int:
 def known(row: Row, *, numerics: bool) -> bool:
     """Whether an encoder was measured before, as far as is asked for."""
     looked = "error" in row or "prune" in row
-    ran = "full" in row.get("prune", {}) and "full" in row.get("gate", {})
+    prune, gate = row.get("prune", {}), row.get("gate", {})
+    ran = {"full", "reduced"} <= prune.keys() and "full" in gate
     return looked and (not numerics or ran or "error" in row or "left" in row)
 
 

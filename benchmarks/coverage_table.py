@@ -76,7 +76,8 @@ def summary(rows: Rows, seen: Seen) -> str:
     wrong = [name for name, row in rows.items() if _worst(row) > TOLERANCE]
     over = ", ".join(wrong) or "none"
     lines.append(f"* {len(wrong)} have an error above {TOLERANCE:.0e}: {over}.")
-    masked = [row["prune"]["reduced"] for row in rows.values() if "reduced" in row.get("prune", {})]
+    reduced = [row.get("prune", {}).get("reduced") for row in rows.values()]
+    masked = [error for error in reduced if error is not None]
     if masked:
         lines.append(
             f"* {len(masked)} were held against masking at keep 0.5: the largest error is"
@@ -133,12 +134,12 @@ def _cells(name: str, row: Mapping[str, Any], seen: Mapping[str, str]) -> list[s
 
 
 def _number(part: Mapping[str, Any], field: str) -> str:
-    return f"{part[field]:.1e}" if field in part else ""
+    return "" if part.get(field) is None else f"{part[field]:.1e}"
 
 
 def _worst(row: Mapping[str, Any]) -> float:
     prune, gate = row.get("prune", {}), row.get("gate", {})
-    errors = [part.get(field, 0.0) for part in (prune, gate) for field in ("full", "reduced")]
+    errors = [part.get(field) or 0.0 for part in (prune, gate) for field in ("full", "reduced")]
     return float(max(errors))
 
 

@@ -173,10 +173,10 @@ def _reduced(model: nn.Module, call: Callable[..., Any], inputs: Any) -> Row:
     fast = _compiled(model, method, record_cuts=True)
     found, graphs = call(fast, inputs), tokenpass.report(fast).graphs
     if len(graphs) != 1 or not graphs[0].converted:
-        return {}
+        return {"reduced": None}
     kept = [cut.kept for cut in tokenpass.cuts(fast)]
     expected = with_fewer_tokens(lambda: call(model, inputs), graphs[0], kept)
-    return {} if expected is None else {"reduced": relative_error(found, *expected)}
+    return {"reduced": None if expected is None else relative_error(found, *expected)}
 
 
 def _gated(model: nn.Module, call: Callable[..., Any], inputs: Any) -> Row:
