@@ -1,4 +1,4 @@
-"""The tables of README.md that come from results: ``python -m benchmarks.readme`` writes them.
+"""The tables of pages that come from results: ``python -m benchmarks.readme`` writes them.
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end of table -->``.
 """
@@ -9,13 +9,15 @@ import argparse
 import json
 import re
 from collections.abc import Callable
+from typing import Any
 
 from benchmarks.bars import SMALL, verdicts
 from benchmarks.environment import RESULTS, ROOT
 from benchmarks.suite import Column, Row, rows_of
 from benchmarks.tables import markdown
+from benchmarks.vlm import table as vlm_table
 
-READMES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "docs" / "vlm.md")
 KIND = "cpu"
 """Of the device that the tables are about."""
 
@@ -60,10 +62,19 @@ def gate() -> str:
     return markdown(titles, [[column.cell(row) for column in columns] for row in rows])
 
 
+def results_of(name: str) -> Any:
+    """What a measurement that is no suite has written."""
+    return json.loads((RESULTS / f"{name}-{KIND}.json").read_text(encoding="utf-8"))
+
+
+def vlm() -> str:
+    """A vision-language model with fewer visual tokens."""
+    return vlm_table(results_of("vlm")["rows"])
+
+
 def video() -> str:
     """Real clips behind gates, random selection beside them."""
-    path = RESULTS / f"video-{KIND}.json"
-    results = json.loads(path.read_text(encoding="utf-8"))
+    results = results_of("video")
     rows = {(row["clip"], row["method"], row["keep"]): row for row in results["rows"]}
     times = {(row["clip"], row["variant"]): row for row in results["times"]}
     titles = ("clip", "keep", "FLOPs", "ms a frame", "of Inductor's time")
@@ -88,7 +99,13 @@ def bars() -> str:
     return markdown(("bar", "asked", "measured", ""), verdicts(KIND))
 
 
-TABLES: dict[str, Callable[[], str]] = {"prune": prune, "gate": gate, "video": video, "bars": bars}
+TABLES: dict[str, Callable[[], str]] = {
+    "prune": prune,
+    "gate": gate,
+    "video": video,
+    "vlm": vlm,
+    "bars": bars,
+}
 
 
 def filled(text: str) -> str:
@@ -103,7 +120,7 @@ def filled(text: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.parse_args()
-    for path in READMES:
+    for path in PAGES:
         path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
 
 

@@ -124,7 +124,7 @@ def test_every_suite_can_be_run_by_its_name(name: str) -> None:
     assert found.name == name
 
 
-@pytest.mark.parametrize("path", ["README.md", "benchmarks/README.md"])
+@pytest.mark.parametrize("path", ["README.md", "benchmarks/README.md", "docs/vlm.md"])
 def test_published_tables_are_the_results(path: str) -> None:
     """``python -m benchmarks.readme`` writes them."""
     text = (ROOT / path).read_text()
