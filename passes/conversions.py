@@ -7,13 +7,52 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from tokenpass.dims import Dim, Dims
+from tokenpass.dims import Dim, Dims, is_data, same, size_of
 from tokenpass.facts import Facts
 from tokenpass.layout import Layout
 from tokenpass.merging import merge
 from tokenpass.passes.stages import Stages, relative_positions
 from tokenpass.pruning import Pruning
-from tokenpass.views import Extent
+from tokenpass.views import Extent, permuted
+
+
+def arranged(x: Tensor, own: Dims, wanted: Dims) -> Tensor | None:
+    """``x`` with the dimensions of another value of the same images and tokens.
+
+    Dimensions may change places, and those of size one may come and go.
+
+    Args:
+        x: A value.
+        own: Its dimensions.
+        wanted: Those that it is to have.
+
+    Returns:
+        ``None`` if images or tokens are others.
+    """
+    left = [place for place, dim in enumerate(own) if dim]
+    order: list[int] = []
+    for dim in filter(None, wanted):
+        place = next((p for p in left if p not in order and _alike(own[p], dim)), None)
+        if place is None:
+            return None
+        order.append(place)
+    if len(order) != len(left):
+        return None
+    ones = [place for place, dim in enumerate(own) if not dim]
+    x = permuted(x, [*order, *ones])
+    for _ in ones:
+        x = x.squeeze(-1)
+    for place, dim in enumerate(wanted):
+        if not dim:
+            x = x.unsqueeze(place)
+    return x
+
+
+def _alike(a: Dim, b: Dim) -> bool:
+    """Whether two dimensions are of the same data, or both of none and of one size."""
+    if is_data(a) or is_data(b):
+        return a == b
+    return same(size_of(a), size_of(b))
 
 
 class Conversions:

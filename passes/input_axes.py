@@ -14,7 +14,8 @@ def image_axes(facts: Facts) -> frozenset[Axis]:
 
     What comes after it (a loss, an operation that nobody understands) does not matter. Where
     nothing attends, as in the piece of a model behind a graph break, images and tokens look alike:
-    the first dimension of every input is then taken for the images.
+    the first dimension of every input is then taken for the images. So it is where nobody
+    understands an operation before the last attention.
     """
     nodes = list(facts.graph.nodes)
     meeting = (What.SOFTMAX, What.ATTENTION)
@@ -28,11 +29,14 @@ def image_axes(facts: Facts) -> frozenset[Axis]:
         if node not in upstream:
             upstream.add(node)
             pending += node.all_input_nodes
-    mixed = {axis for node in upstream for axis in facts.effects[node].mixed}
-    unmixed = _input_axes(facts) - mixed
+    first = axes_of(dims[0] for dims in _inputs(facts) if dims)
+    effects = [facts.effects[node] for node in upstream]
+    guessed = {axis for effect in effects if effect.what is What.OPAQUE for axis in effect.mixed}
+    mixed = {axis for effect in effects if effect.what is not What.OPAQUE for axis in effect.mixed}
+    unmixed = _input_axes(facts) - mixed - (guessed - first)
     if any(facts.effects[n].what in meeting for n in nodes):
         return unmixed
-    return unmixed & axes_of(dims[0] for dims in _inputs(facts) if dims)
+    return unmixed & first
 
 
 def channel_axes(facts: Facts) -> frozenset[Axis]:

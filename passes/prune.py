@@ -17,18 +17,17 @@ from tokenpass import torch_internals as internals
 from tokenpass.blocks import Attention
 from tokenpass.capture import Captured, in_region_of
 from tokenpass.cuts import as_outputs
-from tokenpass.dims import Dims, is_data, same, size_of
+from tokenpass.dims import Dims
 from tokenpass.errors import BrokenInvariantError
 from tokenpass.facts import Facts
 from tokenpass.graph import expression, values_of, with_arguments
 from tokenpass.layout import Layout
-from tokenpass.passes.conversions import Conversions
+from tokenpass.passes.conversions import Conversions, arranged
 from tokenpass.passes.key_bias import with_key_bias
 from tokenpass.passes.stages import Stages
 from tokenpass.passes.tables import Tables
 from tokenpass.passes.versions import Versions
 from tokenpass.pruning import Pruning
-from tokenpass.views import permuted
 
 RULE = "prune"
 
@@ -173,9 +172,10 @@ class _Pruner:
         if any(node in (match.softmax, match.out) for match in self.attention.values()):
             return None
         at = self.plan.stages[have - 1].at
-        order = None if at is None else _order(self.facts.dims(at), dims)
-        if at is not None and order is not None:
-            return permuted(self.value(at, 0), order)
+        if at is not None:
+            stream = arranged(self.value(at, 0), self.facts.dims(at), dims)
+            if stream is not None:
+                return stream
         if self.plan.method.merges:
             return None
         raise BrokenInvariantError(f"{node.name}: nothing says what its discarded tokens were")
@@ -227,22 +227,3 @@ class _Pruner:
         if not version or not isinstance(x, Tensor) or (carries and read != version):
             return x
         return self.tables.meet(x, source, seen, version, of_keys, carries=carries)
-
-
-def _order(own: Dims, wanted: Dims) -> list[int] | None:
-    """The places of ``wanted`` in ``own``, where images and tokens are the same in both."""
-    order: list[int] = []
-    for dim in wanted:
-        known = is_data(dim)
-        places = (
-            place
-            for place, other in enumerate(own)
-            if place not in order
-            and (dim == other if known else same(size_of(dim), size_of(other)))
-            and known == is_data(other)
-        )
-        place = next(places, None)
-        if place is None:
-            return None
-        order.append(place)
-    return order if len(order) == len(own) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -158,3 +159,31 @@ def test_what_torch_cannot_trace_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -
     report = tokenpass.explain(nn.Linear(4, 4), torch.randn(2, 4))
     assert not report.converted
     assert "torch.compile itself fails on this model" in report.refusals[-1].reason
+
+
+class Packed(nn.Module):
+    """Images of different sizes as a nested tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.joint = nn.Linear(8, 8)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        x = torch.nested.nested_tensor([a, b], layout=torch.jagged)
+        return self.joint(x).to_padded_tensor(0.0)  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("error:.*failed")
+@pytest.mark.parametrize("method", [tokenpass.HiPrune(keep=0.5), tokenpass.Eventful(keep=0.5)])
+def test_nested_tensors_are_a_refusal(method: tokenpass.HiPrune | tokenpass.Eventful) -> None:
+    """Breaks if a graph of nested tensors is tried, and undone with a warning."""
+    model, images = Packed(), (torch.randn(5, 8), torch.randn(7, 8))
+    fast: Any = torch.compile(model, backend=tokenpass.backend(method, inner="eager"))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "tokenpass: .*nested", tokenpass.TokenpassWarning)
+        found = fast(*images)
+    assert torch.equal(found, model(*images))
+    refusals = tokenpass.report(fast).refusals
+    assert refusals
+    assert any("nested tensor" in item.reason for item in refusals)

@@ -20,6 +20,7 @@ from torch._subclasses import FakeTensorMode
 
 from tokenpass import export_torch_internals as export_internals
 from tokenpass import torch_internals as internals
+from tokenpass.errors import NotUnderstoodError
 from tokenpass.flex import without_flex_attention
 
 REGION = "tokenpass_region"
@@ -125,6 +126,7 @@ def capture(
     Raises:
         NotUnderstoodError: If the graph holds what cannot be traced again.
     """
+    _refuse_nested(module.graph)
     run = Capturing(without_flex_attention(module)).run
     return _captured(run, inputs, decompositions)
 
@@ -148,6 +150,15 @@ def _captured(
     _mark_regions(traced.graph)
     traced.recompile()
     return Captured(traced, constants, inputs.fakes, inputs.mode, inputs.fixable)
+
+
+def _refuse_nested(graph: fx.Graph) -> None:
+    for node in graph.nodes:
+        value = node.meta.get("example_value", node.meta.get("val"))
+        if isinstance(value, torch.Tensor) and value.is_nested:
+            raise NotUnderstoodError(
+                f"{node.name} is a nested tensor; only strided ones are known: pad what is in it"
+            )
 
 
 def _mark_regions(graph: fx.Graph) -> None:

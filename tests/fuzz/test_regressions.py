@@ -94,6 +94,40 @@ CASES = {
         ),
         also="eventful",
     ),
+    "a stream of one row that lost its tokens as tokens": Case(
+        Encoder(
+            grid=(1, 8),
+            layout="map",
+            blocks=(
+                Block(norms="written out", built_in=True),
+                Block(attention=Attention(heads=4, spelling="bmm", join="cat"), norms="none"),
+            ),
+            head="sum",
+            extra="branch",
+        ),
+        keep=0.5,
+    ),
+    "images behind an operation that nobody understands": Case(
+        Encoder(
+            layout="map",
+            blocks=(
+                Block(mlp="expert choice"),
+                Block(
+                    attention=Attention(heads_mixed=True, join="permute"),
+                    placement="sandwich",
+                    mlp="none",
+                    detour="padded",
+                ),
+            ),
+            final_norm=False,
+            head="mean of all",
+            dead=True,
+            double=False,
+            seed=863,
+        ),
+        keep=0.25,
+        also="eventful",
+    ),
     "a stream whose dimensions change places": Case(
         Encoder(layout="channels first", blocks=(Block(), Block(built_in=True)), final_norm=False),
         keep=0.75,
