@@ -99,11 +99,20 @@ def known(row: Row, *, numerics: bool) -> bool:
     return looked and (not numerics or ran or "error" in row or "left" in row)
 
 
+def read(path: Path) -> dict[str, Row]:
+    """What was measured before."""
+    if not path.exists():
+        return {}
+    found: dict[str, Row] = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    return found
+
+
 def write(path: Path, rows: dict[str, Row]) -> None:
     """An encoder a line, so that changes can be read."""
     lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(rows[name])}" for name in sorted(rows))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
+    facts = json.dumps(environment())
+    path.write_text(f'{{"environment": {facts},\n"rows": {{\n{lines}\n}}}}\n', encoding="utf-8")
 
 
 def main() -> None:
@@ -122,7 +131,7 @@ def main() -> None:
     chosen = [name for name in names if re.search(arguments.only, name)]
     if arguments.sample:
         chosen = sampled(chosen, seen, arguments.sample)
-    rows = json.loads(arguments.results.read_text()) if arguments.results.exists() else {}
+    rows = read(arguments.results)
     worker, console = Worker(arguments.zoo / "zoo.py"), Console()
     commit = str(environment()["commit"])
     for name in sorted(chosen, key=lambda name: _size(seen.get(name, {}))):
