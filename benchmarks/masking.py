@@ -78,12 +78,16 @@ class Watching(TorchDispatchMode):
 
     Attributes:
         order: ``"attention"`` and ``"addition"``, as they came.
+        lengths: Tokens of what was added.
+        others: Whether as many tokens as there are patch tokens attend to one another, too.
     """
 
     def __init__(self, tokens: Tokens, images: int) -> None:
         super().__init__()
         self.tokens, self.images = tokens, images
         self.order: list[str] = []
+        self.lengths: set[int] = set()
+        self.others = False
 
     def probabilities(self, values: Tensor, keys: int) -> Tensor:
         """After a softmax, ``(B, h, Q, K)``; ``keys`` tokens are looked at."""
@@ -116,6 +120,8 @@ class Watching(TorchDispatchMode):
         """Whether keys are tokens; notes those among all of them."""
         if queries == keys == self.tokens.total:
             self.order.append("attention")
+        elif queries == keys == self.tokens.count:
+            self.others = True
         return keys in self.tokens.lengths
 
     def _softmax(self, out: Tensor, dim: int) -> Tensor:
@@ -150,7 +156,11 @@ class Watching(TorchDispatchMode):
 
     def _is_stream(self, out: Tensor, operands: Sequence[Any]) -> bool:
         alike = [isinstance(x, Tensor) and x.shape == out.shape for x in operands[:2]]
-        return all(alike) and self.token_dim(out) is not None
+        dim = self.token_dim(out)
+        if dim is None or not all(alike):
+            return False
+        self.lengths.add(out.shape[dim])
+        return True
 
     def token_dim(self, x: Tensor) -> int | None:
         """The dimension of a value ``(B, N, C)`` or ``(N, B, C)`` that holds the tokens."""
@@ -225,7 +235,7 @@ def with_fewer_tokens(
         with Watching(tokens, kept[0].shape[0]) as watching:
             run()
         begins = [place for place, what in enumerate(watching.order) if what == "attention"]
-        if len(begins) != len(report.blocks):
+        if len(begins) != len(report.blocks) or len(watching.lengths) != 1 or watching.others:
             return None
         begins.append(len(watching.order))
         cuts: dict[int, Tensor] = {}
