@@ -93,9 +93,8 @@ def _compared(rows: Rows, key: str) -> int:
 
 
 def table(rows: Rows, seen: Seen) -> str:
-    titles = [
-        *("model", "attentions", "pruned", "error", "at keep 0.5", "gated", "error", "failures"),
-    ]
+    found = ("pruned", "error", "at keep 0.5", "gated", "error")
+    titles = ["model", "attentions", *found, "failures"]
     cells = [_cells(name, row, seen.get(name, {})) for name, row in rows.items()]
     return markdown(titles, cells) + "\n"
 

@@ -57,6 +57,23 @@ class Tokens:
         return shown
 
 
+def scores_of(
+    query: Tensor,
+    key: Tensor,
+    causal: bool,
+    *,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """What fused attention takes the softmax of, ``(B, h, Q, K)``."""
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = query @ key.mT * factor
+    if causal:
+        seen = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+        scores = scores.masked_fill(~seen, -torch.inf)
+    return scores if attn_mask is None else scores + attn_mask
+
+
 def tokens_of(report: GraphReport) -> Tokens | None:
     """From the trail of the analysis; ``None`` where attention is not among all patch tokens."""
     if any("attention stays on all" in line for line in report.proof):
@@ -139,18 +156,9 @@ class Watching(TorchDispatchMode):
         value: Tensor,
         dropout: float = 0.0,
         causal: bool = False,
-        *,
-        attn_mask: Tensor | None = None,
-        scale: float | None = None,
+        **others: Any,
     ) -> tuple[Tensor, Tensor]:
-        factor = query.shape[-1] ** -0.5 if scale is None else scale
-        scores = query @ key.mT * factor
-        if causal:
-            scores = scores.masked_fill(
-                ~scores.new_ones(scores.shape[-2:]).bool().tril(), -torch.inf
-            )
-        if attn_mask is not None:
-            scores = scores + attn_mask
+        scores = scores_of(query, key, causal, **others)
         shown = self.probabilities(scores.softmax(-1), key.shape[-2])
         return shown @ value, scores.logsumexp(-1)
 

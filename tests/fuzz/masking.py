@@ -22,12 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.masking import FUSED, SOFTMAX, scores_of
 from tests.references.rule import safe_positions, survivors
-
-aten = torch.ops.aten
-
-SOFTMAX = (aten._softmax.default, aten._safe_softmax.default)
-FUSED = (aten._scaled_dot_product_flash_attention_for_cpu.default,)
 
 
 @dataclass(frozen=True)
@@ -223,7 +219,7 @@ class Masking(TorchDispatchMode):
                 probabilities = self._masked(probabilities)
                 return probabilities.movedim(-1, dim)
             return self._masked(probabilities)
-        if self.attending and func in FUSED:
+        if self.attending and func is FUSED:
             return self._fused(*args, **kwargs)
         return func(*args, **kwargs)
 
@@ -276,16 +272,8 @@ class Masking(TorchDispatchMode):
         value: Tensor,
         dropout: float = 0.0,
         causal: bool = False,
-        *,
-        attn_mask: Tensor | None = None,
-        scale: float | None = None,
+        **others: Any,
     ) -> tuple[Tensor, Tensor]:
-        factor = query.shape[-1] ** -0.5 if scale is None else scale
-        scores = query @ key.transpose(-2, -1) * factor
-        if causal:
-            seen = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
-            scores = scores.masked_fill(~seen, -torch.inf)
-        if attn_mask is not None:
-            scores = scores + attn_mask
+        scores = scores_of(query, key, causal, **others)
         probabilities = self._masked(scores.softmax(-1))
         return probabilities @ value, scores.logsumexp(-1)
