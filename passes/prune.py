@@ -69,6 +69,7 @@ class _Pruner:
         self.stages = Stages(facts, plan, self.layout, self.value, self.operand)
         self.cuts = {stage.at: stage.number for stage in plan.stages if stage.at is not None}
         self.env: dict[tuple[fx.Node, int], Any] = {}
+        self.merged: dict[fx.Node, Any] = {}
         self.convert = Conversions(facts, plan, self.layout, self.stages)
         self.tables = Tables(facts, plan.grid, self.layout, self.convert)
         self.attention: dict[fx.Node, Attention] = {
@@ -107,9 +108,7 @@ class _Pruner:
         def produce(node: fx.Node) -> Any:
             if self.plan.method.merges and not self.plan.inside and self.carries(node):
                 return self._merged_output(node)
-            if self.plan.method.merges and whole and node in self.cuts:
-                return self._merged_stream(node, self.cuts[node])
-            return self.value(node, 0 if whole or not self.carries(node) else final)
+            return self._read(node, 0 if whole or not self.carries(node) else final)
 
         outputs = fx.map_arg(output.args[0], produce)
         flat = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
@@ -122,10 +121,6 @@ class _Pruner:
         dims = self.facts.dims(node)
         merged = self.convert.cut(self.value(node, 0), dims, 1)
         return self.convert.restore(merged, dims, 1, None) if self.plan.method.restores else merged
-
-    def _merged_stream(self, node: fx.Node, cut: int) -> Any:
-        """An output that is the stream at a cut, as what is computed from it sees it."""
-        return self.convert.restore(self.value(node, cut), self.facts.dims(node), cut, None)
 
     def carries(self, node: fx.Node) -> bool:
         return self.plan.carried_in(self.facts.effects[node].outs)
@@ -141,6 +136,16 @@ class _Pruner:
             with internals.provenance(node, RULE):
                 self.env[key] = self._make(node, version)
         return self.env[key]
+
+    def _read(self, node: fx.Node, version: int) -> Any:
+        """``node`` as its readers see it: all tokens of a stream that was cut are merged ones."""
+        cut = self.cuts.get(node)
+        if version or cut is None or not self.plan.method.merges:
+            return self.value(node, version)
+        if node not in self.merged:
+            left = self.value(node, cut)
+            self.merged[node] = self.convert.restore(left, self.facts.dims(node), cut, None)
+        return self.merged[node]
 
     def _make(self, node: fx.Node, version: int) -> Any:
         if node.op == "get_attr":
@@ -223,7 +228,7 @@ class _Pruner:
         return self._operand(source, seen, read, version, version)  # type: ignore[no-any-return]
 
     def _operand(self, source: fx.Node, seen: Dims, read: int, version: int, of_keys: int) -> Any:
-        x, carries = self.value(source, read), self.carries(source)
+        x, carries = self._read(source, read), self.carries(source)
         if not version or not isinstance(x, Tensor) or (carries and read != version):
             return x
         return self.tables.meet(x, source, seen, version, of_keys, carries=carries)
