@@ -10,6 +10,7 @@ from torch import fx
 from tokenpass import reasons
 from tokenpass.blocks import Attention, Found, NoMatch
 from tokenpass.facts import Facts, multiply_adds
+from tokenpass.gates import FEWEST
 from tokenpass.gating import GatedAttention, Gating, Region, gateable
 from tokenpass.graph import tensor_of
 from tokenpass.methods import Eventful
@@ -35,10 +36,11 @@ def plan_gating(
         found: What the patterns found.
         constants: Placeholders that are parameters or buffers.
         method: What was asked for.
-        always: Gate a region even if its gate costs more than it saves.
+        always: Gate a region even if its gate costs more than it saves. One of so few tokens that
+            how many pass would be a constant of the graph has no gate.
     """
     around = around_any_tokens(facts, found, constants, with_norms=method.gate_before_norm)
-    regions = [region for region in around.regions if region.layout.count > 1 or always]
+    regions = [region for region in around.regions if region.layout.count > FEWEST]
     if method.compat:
         regions = [replace(region, fixed=()) for region in regions]
     unpaid: list[NoMatch] = []

@@ -128,6 +128,21 @@ CASES = {
         keep=0.25,
         also="eventful",
     ),
+    "one token of a stream right behind a cut that merges": Case(
+        Encoder(prefix=0, blocks=(Block(),), final_norm=False, head="pair"), keep=0.5, also="merge"
+    ),
+    "experts that take two tokens, behind a gate": Case(
+        Encoder(
+            grid=(2, 2),
+            blocks=(Block(mlp="expert choice", detour="flipped"),),
+            final_norm=False,
+            extra="dictionary",
+            batch=1,
+            seed=284,
+        ),
+        keep=0.75,
+        also="eventful",
+    ),
     "a stream whose dimensions change places": Case(
         Encoder(layout="channels first", blocks=(Block(), Block(built_in=True)), final_norm=False),
         keep=0.75,
