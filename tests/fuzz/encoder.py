@@ -195,7 +195,7 @@ class Model(nn.Module):
         self.pixels = nn.Linear(width, spec.patch**2)
 
     def forward(self, images: Tensor) -> Any:
-        if self.spec.autocast:
+        if self.spec.rounds:
             with torch.autocast("cpu", torch.bfloat16):
                 return self._forward(images)
         return self._forward(images)

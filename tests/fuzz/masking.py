@@ -123,7 +123,10 @@ class Masking(TorchDispatchMode):
                 self._cut(self.cuts[number], self.frozen)
                 if self.merges:
                     patches[:] = self.frozen
-            return self.places.stream(rows)
+            stream = self.places.stream(rows)
+            with torch.no_grad():
+                out.copy_(stream)  # what was added in place has this name, too
+            return stream
 
         return hook
 

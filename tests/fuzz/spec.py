@@ -116,7 +116,7 @@ class Encoder:
         extra: What is returned beside it.
         dead: Whether something is computed that nobody reads.
         double: Whether everything is in float64.
-        autocast: Whether it runs under autocast to bfloat16, which leaves float64 as it is.
+        autocast: Whether it runs under autocast to bfloat16, if it ``rounds`` then.
         batch: Images.
         seed: Of the weights and the images.
     """
@@ -145,8 +145,9 @@ class Encoder:
 
     @property
     def rounds(self) -> bool:
-        """Whether products are rounded to bfloat16."""
-        return self.autocast and not self.double
+        """Whether products are rounded to bfloat16; which expert is chosen depends on that."""
+        chooses = any(block.mlp in ("experts", "expert choice") for block in self.blocks)
+        return self.autocast and not self.double and not chooses
 
     @property
     def imagelike(self) -> bool:
