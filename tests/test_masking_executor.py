@@ -6,11 +6,13 @@ cuts come before or behind another block, or the rows of tokens that left change
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 import tokenpass
 from benchmarks.masking import with_fewer_tokens
@@ -81,6 +83,63 @@ def test_a_stream_that_begins_with_tokens() -> None:
     assert second is not None
     assert relative_error(second[0], first[0]) <= TOLERANCE
     assert relative_error(first[0], plain(tiny.images())) > 10 * TOLERANCE
+
+
+SQUARE = tiny.TOKENS
+"""As many channels as tokens."""
+
+
+class MixedHeads(tiny.Attention):
+    """Heads are mixed behind the softmax; the bias of that weighs all values."""
+
+    def __init__(self) -> None:
+        super().__init__(SQUARE)
+        self.mix = nn.Linear(self.heads, self.heads)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        shares = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
+        out: Tensor = self.mix(shares.movedim(1, -1)).movedim(-1, 1) @ v
+        return out
+
+
+class ReadByAQuery(tiny.Encoder):
+    """A class token reads the patch tokens and itself; channels first, tokens are averaged."""
+
+    def __init__(self) -> None:
+        def block() -> tiny.Block:
+            mlp = partial(tiny.Mlp, SQUARE, SQUARE)
+            return tiny.Block(MixedHeads, mlp, partial(nn.LayerNorm, SQUARE))
+
+        super().__init__([block() for _ in range(4)], prefix=0, width=SQUARE)
+        self.query = nn.Parameter(torch.randn(1, 1, SQUARE))
+        self.both = nn.Linear(SQUARE, 2 * SQUARE)
+
+    def forward(self, x: Tensor, left: dict[int, Tensor] | None = None) -> Tensor:
+        """``left``: grid positions ``(B, K)`` that stay behind a block."""
+        x = self.patch(x).flatten(2).transpose(1, 2) + self.table
+        here = torch.arange(SQUARE).expand(x.shape[0], -1)
+        for number, block in enumerate(self.blocks, 1):
+            x = block(x)
+            if left is not None and number in left:
+                stays = (here[:, :, None] == left[number][:, None]).any(2)
+                x, here = x[stays].unflatten(0, (x.shape[0], -1)), left[number]
+        query = self.query.expand(x.shape[0], -1, -1)
+        k, v = self.both(torch.cat([query, x], 1)).chunk(2, -1)
+        read = functional.scaled_dot_product_attention(query, k, v)
+        return (query + read).squeeze(1) + x.transpose(1, 2).mean(2)
+
+
+@torch.no_grad()
+def test_heads_mixed_a_class_token_and_as_many_channels() -> None:
+    """Breaks if a value has a weight whose key is hidden, if a token that joins the patch tokens
+    hides none of them, or if channels are taken for tokens."""
+    torch.manual_seed(0)
+    model, images = ReadByAQuery(), tiny.images()
+    found, kept = masked(model, images)
+    left = dict(zip(default_cuts(KEEP), kept, strict=True))
+    assert found is not None
+    assert relative_error(found[0], model(images, left)) <= TOLERANCE
+    assert relative_error(found[0], model(images)) > 10 * TOLERANCE
 
 
 @torch.no_grad()
