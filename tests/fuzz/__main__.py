@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from rich.table import Table
 from tests.fuzz.run import Tally, fuzz
 
 FAILURES = Path("fuzz-failures")
+
+LINE = 100
+"""Cases between two lines where there is no terminal to draw a bar on."""
 
 
 def arguments() -> argparse.Namespace:
@@ -66,12 +70,15 @@ def watched(
         def note(tally: Tally) -> None:
             words = f"{tally.cases} cases, {len(tally.failures) + tally.repeats} failed"
             progress.update(task, completed=tally.seconds, description=words)
+            if not console.is_terminal and tally.cases % LINE == 0:
+                console.print(f"{words}, {tally.seconds:.0f} s")
 
         return fuzz(seconds, seed, failures, most=most, shrinking=shrinking, note=note)
 
 
 def main() -> int:
     given = arguments()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = Console()
     tally = watched(
         console,

@@ -85,7 +85,7 @@ def fuzz(
     shrinking: float = 120.0,
     note: Callable[[Tally], None] = lambda tally: None,
 ) -> Tally:
-    """Try cases until time is up.
+    """Try cases until time is up, or until somebody interrupts a case.
 
     Args:
         seconds: How long; a case or a simplification that was begun is finished.
@@ -101,6 +101,8 @@ def fuzz(
             break
         try:
             tally.add(check(case))
+        except KeyboardInterrupt:
+            break
         except Exception as error:
             _record(case, described(error), tally, folder, shrinking)
         tally.cases += 1
