@@ -39,7 +39,7 @@ class Updated:
     Attributes:
         gate: The number of the gate of its queries, keys and values.
         shape: Images, heads, tokens, width of a query and of a value.
-        mode: ``"exact"`` or ``"delta"``.
+        mode: ``"exact"``, ``"delta"`` or ``"scores"``.
         reads_maps: Whether the scores are computed anew, elsewhere.
         compiled: Whether code compiled for it does it.
     """
@@ -56,6 +56,8 @@ class Updated:
         each = heads * (value_width + (0 if self.reads_maps else width))
         if self.mode == "delta":
             return 2 * rows * tokens * each
+        if self.mode == "scores":
+            return heads * tokens * (2 * rows * width + images * tokens * value_width)
         return images * each * pairs(tokens, rows // images, compiled=self.compiled)
 
     @property

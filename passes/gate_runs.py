@@ -54,7 +54,7 @@ class FullRun(GateRun):
 
     def visit(self, node: fx.Node) -> None:
         item = self.attention_of.get(node)
-        if item is not None and item.mode == "exact":
+        if item is not None and item.mode != "delta":
             self.env[node] = self.updates.compute(item, self.env)
             return
         self.env[node] = self.compute(node)

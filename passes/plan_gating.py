@@ -124,6 +124,6 @@ def _why_dense(
         return reasons.VALUES_LIE
     if mode == "delta":
         return ""
-    if any(mask.node in varying for mask in match.masks):
+    if mode == "exact" and any(mask.node in varying for mask in match.masks):
         return reasons.VARYING_BIAS
     return "" if match.plain else reasons.NOT_PLAIN

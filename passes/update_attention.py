@@ -40,7 +40,8 @@ class AttentionUpdates:
     @staticmethod
     def slots(facts: Facts, plan: Gating, item: GatedAttention) -> list[Slot]:
         """What an attention remembers: for ``"exact"`` output, log of the row sums and drift of
-        each row; for ``"delta"`` scores, gated probabilities, gated values and output."""
+        each row; for ``"scores"`` the scores; for ``"delta"`` them, gated probabilities, gated
+        values and output."""
         number = plan.attentions.index(item)
         value = item.attention.value.meta["val"]
         images, heads, tokens, _, width = attention_shape(facts, item.attention)
@@ -48,12 +49,12 @@ class AttentionUpdates:
         dtype = torch.float32 if item.mode == "exact" else value.dtype
         # As what follows wants it, the heads of a token lie together.
         joint = (images, tokens, heads, width)
-        shapes = (
-            {"out": joint, "lse": rows, "drift": (images, tokens)}
-            if item.mode == "exact"
-            else {"maps": maps, "values": (*rows, width), "out": (*rows, width)}
-        )
-        if item.mode == "delta" and not item.reads_maps:
+        shapes: dict[str, tuple[int, ...]] = {}
+        if item.mode == "exact":
+            shapes = {"out": joint, "lse": rows, "drift": (images, tokens)}
+        elif item.mode == "delta":
+            shapes = {"maps": maps, "values": (*rows, width), "out": (*rows, width)}
+        if item.mode != "exact" and not item.reads_maps:
             shapes |= {"scores": maps}
         return [
             Slot(("attention", number, kind), shape, dtype, value.device)
@@ -63,26 +64,31 @@ class AttentionUpdates:
     # ------------------------------------------------------------ full frames
 
     def compute(self, item: GatedAttention, env: Env) -> Tensor:
-        """The attention of all tokens, which is what is remembered."""
+        """The attention of all tokens, as it is updated later; what that needs is remembered."""
         match = item.attention
+        if item.mode == "scores":
+            value = self._heads(match, env)[2]
+            return self._result(item, self._remembered_maps(item, env) @ value)
         state = self._running(item)
         full_attention(*self._heads(match, env), match.scale, self._bias(match, env), *state)
         return self._result(item, state.out)
 
     def record(self, item: GatedAttention, env: Env) -> None:
         """Remember an attention that was computed as it was traced."""
-        match = item.attention
-        query, key, value = self._heads(match, env)
-        out, bias = self._slot(item, "out"), self._bias(match, env)
-        if item.reads_maps:
-            maps = self._traced_maps(match, env)
-        else:
-            scores = (query * match.scale) @ key.transpose(-1, -2)
-            self._slot(item, "scores").copy_(scores)
-            maps = _probabilities(scores, bias)
+        value, maps = self._heads(item.attention, env)[2], self._remembered_maps(item, env)
         self._slot(item, "maps").copy_(maps)
         self._slot(item, "values").copy_(value)
-        out.copy_(maps @ value)
+        self._slot(item, "out").copy_(maps @ value)
+
+    def _remembered_maps(self, item: GatedAttention, env: Env) -> Tensor:
+        """Probabilities ``(B, h, N, N)``; their scores are remembered."""
+        match = item.attention
+        if item.reads_maps:
+            return self._traced_maps(match, env)
+        query, key, _ = self._heads(match, env)
+        scores = (query * match.scale) @ key.transpose(-1, -2)
+        self._slot(item, "scores").copy_(scores)
+        return _probabilities(scores, self._bias(match, env))
 
     # ------------------------------------------------------------ later frames
 
@@ -120,8 +126,14 @@ class AttentionUpdates:
         match = item.attention
         query, key, value = self._heads(match, env)
         changed, bias = self._changed[item.region], self._bias(match, env)
-        if item.mode == "delta":
-            return self._result(item, self._delta(item, query, key, value, changed, bias, env))
+        if item.mode != "exact":
+            now = (
+                self._traced_maps(match, env)
+                if item.reads_maps
+                else _probabilities(self._scores(item, query, key, changed), bias)
+            )
+            out = now @ value if item.mode == "scores" else self._delta(item, now, value, changed)
+            return self._result(item, out)
         state = self._running(item)
         update_attention(
             query,
@@ -137,29 +149,20 @@ class AttentionUpdates:
         )
         return self._result(item, state.out)
 
-    def _delta(
-        self,
-        item: GatedAttention,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        changed: Tensor,
-        bias: Tensor | None,
-        env: Env,
-    ) -> Tensor:
-        """Buffered scores and the delta gate of the product with the values (sections 4.2, 4.3)."""
+    def _scores(self, item: GatedAttention, query: Tensor, key: Tensor, changed: Tensor) -> Tensor:
+        """Buffered scores, of which the rows and columns of what changed are new (section 4.2)."""
+        scores, scaled = self._slot(item, "scores"), query * item.attention.scale
+        rows = take(scaled, changed) @ key.transpose(-1, -2)
+        put_(scores, changed, self._of_valid(item, rows, take(scores, changed), 2))
+        columns = scaled @ take(key, changed).transpose(-1, -2)
+        put_(scores, changed, self._of_valid(item, columns, take(scores, changed, 3), 3), 3)
+        return scores
+
+    def _delta(self, item: GatedAttention, now: Tensor, value: Tensor, changed: Tensor) -> Tensor:
+        """The delta gate of the product of probabilities and values (section 4.3)."""
         maps, values, out = (self._slot(item, kind) for kind in ("maps", "values", "out"))
-        if item.reads_maps:
-            now = self._traced_maps(item.attention, env)
-        else:
-            scores, scaled = self._slot(item, "scores"), query * item.attention.scale
-            put_(scores, changed, take(scaled, changed) @ key.transpose(-1, -2))
-            put_(scores, changed, scaled @ take(key, changed).transpose(-1, -2), 3)
-            now = _probabilities(scores, bias)
-        columns, before = take(now, changed, 3), take(maps, changed, 3)
-        valid = self._valid[item.region]
-        if valid is not None:
-            columns = torch.where(valid[:, None, None], columns, before)
+        before = take(maps, changed, 3)
+        columns = self._of_valid(item, take(now, changed, 3), before, 3)
         new = take(value, changed)
         moved_values = new - take(values, changed)
         moved_maps = columns - before
@@ -168,6 +171,15 @@ class AttentionUpdates:
         put_(values, changed, new)
         put_(maps, changed, columns, 3)
         return out.clone()
+
+    def _of_valid(self, item: GatedAttention, new: Tensor, before: Tensor, dim: int) -> Tensor:
+        """``new`` ``(B, h, ...)``, and what was there ``before`` where ``dim`` holds fillers."""
+        valid = self._valid[item.region]
+        if valid is None:
+            return new
+        return torch.where(
+            valid[:, None, None] if dim == 3 else valid[:, None, :, None], new, before
+        )
 
     # ------------------------------------------------------------ tensors
 

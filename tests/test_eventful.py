@@ -173,6 +173,7 @@ class Encoder(nn.Module):
     keep=st.sampled_from((1, 0.25, 0.6)),
     threshold=st.sampled_from((None, 0.3)),
     before=st.booleans(),
+    attention=st.sampled_from(("exact", "scores")),
     seed=st.integers(0, 99),
 )
 @torch.no_grad()
@@ -182,6 +183,7 @@ def test_exact_attention_is_dense_attention_on_the_buffers(
     keep: float,
     threshold: float | None,
     before: bool,
+    attention: str,
     seed: int,
 ) -> None:
     """Breaks if the state of an attention is not that of the buffered queries, keys and values."""
@@ -189,7 +191,7 @@ def test_exact_attention_is_dense_attention_on_the_buffers(
     torch.manual_seed(seed)
     model = Encoder(*shape).eval()
     options = {"keep": keep, "threshold": threshold, "gate_before_norm": before}
-    fast = gated(model, eventful(attention="exact", **options))
+    fast = gated(model, eventful(attention=attention, **options))
     dense = gated(model, eventful(attention="none", **options))
     for x in walk(torch.randn(batch, 3, 16, 16), 4, seed):
         assert relative_error(fast(x), dense(x)) <= TOLERANCE

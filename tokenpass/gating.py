@@ -52,7 +52,7 @@ class GatedAttention:
     Attributes:
         attention: The match.
         region: Which region its queries, keys and values come from, by number.
-        mode: ``"exact"`` or ``"delta"``.
+        mode: ``"exact"``, ``"delta"`` or ``"scores"``.
     """
 
     attention: Attention

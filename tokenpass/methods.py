@@ -198,9 +198,11 @@ class Eventful:
             their number (int >= 1). ``None`` with a threshold: no limit.
         threshold: Let through what changed by more than this norm, at most ``keep`` if both are
             given.
-        attention: ``"none"``: attention itself stays as it was traced; ``"delta"``: the published
-            form with buffered scores, ``O(N^2)`` memory; ``"exact"``: softmax attention on the
-            buffered queries, keys and values, updated with ``O(N)`` memory for what changed.
+        attention: ``"none"``: attention itself stays as it was traced; ``"scores"``: scores are
+            buffered and updated (section 4.2), ``O(N^2)`` memory, equal to ``"none"`` in value;
+            ``"delta"``: their product with the values as well, by deltas (section 4.3), the
+            published form; ``"exact"``: softmax attention on the buffered queries, keys and
+            values, updated with ``O(N)`` memory for what changed.
         norm: Norm of a change over channels: 1, 2 or ``inf``.
         gate_before_norm: Whether changes are measured before the normalisation of a region.
         compat: As the published code does it: prefix tokens compete like any other and are counted
@@ -216,7 +218,7 @@ class Eventful:
 
     keep: Budget | None = None
     threshold: float | None = None
-    attention: Literal["exact", "delta", "none"] = "exact"
+    attention: Literal["exact", "delta", "scores", "none"] = "exact"
     norm: float = 2
     gate_before_norm: bool = False
     compat: bool = False
@@ -230,7 +232,7 @@ class Eventful:
         if self.keep is not None:
             check_budget("keep", self.keep)
         check_threshold(self.threshold)
-        check_choice("attention", self.attention, ("exact", "delta", "none"))
+        check_choice("attention", self.attention, ("exact", "delta", "scores", "none"))
         check_choice("norm", self.norm, (1, 2, math.inf))
         check_choice("ranking", self.ranking, ("change", "random"))
         for name in ("gate_before_norm", "compat"):
