@@ -13,6 +13,7 @@ from tokenpass.methods import Eventful, Method
 from tokenpass.options import Inner, Options, Settings, in_turn, parse_options
 from tokenpass.runtime import CompiledGraph
 from tokenpass.streaming import GatedGraph
+from tokenpass.wrapped_inputs import compile_unwrapped
 
 Backend = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 
@@ -88,7 +89,11 @@ def backend(
 
 def _compile(
     module: fx.GraphModule, settings: Settings, inputs: Sequence[Any]
-) -> CompiledGraph | GatedGraph:
+) -> Callable[..., Any]:
     frame, owner = compiler_internals.frame_number(), compiler_internals.compiling_backend()
-    made = GatedGraph if isinstance(settings.method, Eventful) else CompiledGraph
-    return made(module, settings, inputs, owner, frame)
+    kind = GatedGraph if isinstance(settings.method, Eventful) else CompiledGraph
+
+    def compiling(plain: fx.GraphModule, values: Sequence[Any]) -> CompiledGraph | GatedGraph:
+        return kind(plain, settings, values, owner, frame)
+
+    return compile_unwrapped(compiling, module, inputs)

@@ -18,6 +18,7 @@ import torch
 from torch import fx
 from torch._subclasses import FakeTensorMode
 
+from tokenpass import compiler_torch_internals as compiler_internals
 from tokenpass import export_torch_internals as export_internals
 from tokenpass import torch_internals as internals
 from tokenpass.errors import NotUnderstoodError
@@ -127,6 +128,7 @@ def capture(
         NotUnderstoodError: If the graph holds what cannot be traced again.
     """
     _refuse_nested(module.graph)
+    _refuse_wrappers(inputs)
     run = Capturing(without_flex_attention(module)).run
     return _captured(run, inputs, decompositions)
 
@@ -158,6 +160,16 @@ def _refuse_nested(graph: fx.Graph) -> None:
         if isinstance(value, torch.Tensor) and value.is_nested:
             raise NotUnderstoodError(
                 f"{node.name} is a nested tensor; only strided ones are known: pad what is in it"
+            )
+
+
+def _refuse_wrappers(inputs: GraphInputs) -> None:
+    """A wrapper's operators would be traced as what they do to tensors that are no input."""
+    for value in inputs.fakes:
+        if compiler_internals.is_wrapper(value):
+            raise NotUnderstoodError(
+                f"an input is a {type(value).__name__}, which wraps other tensors; such inputs are "
+                "opened where they need no gradients and override __torch_function__"
             )
 
 

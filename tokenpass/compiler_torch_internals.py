@@ -21,6 +21,38 @@ Compilation: TypeAlias = CompileId
 """Which compilation of Dynamo something belongs to."""
 
 
+# ---------------------------------------------------------------- wrappers (2.13)
+
+
+def is_wrapper(value: Any) -> bool:
+    """Whether a tensor wraps others that can be taken out of it and put back."""
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    return bool(is_traceable_wrapper_subclass(value)) and not value.is_nested
+
+
+def answers_functions(wrapper: Any) -> bool:
+    """Whether a wrapper answers functions before they are dispatched, where graphs are traced."""
+    given = type(wrapper).__torch_function__
+    plain = torch.Tensor.__torch_function__
+    return given is not torch._C._disabled_torch_function_impl and given.__func__ is not (
+        plain.__func__  # type: ignore[attr-defined]
+    )
+
+
+def wrapped_names(wrapper: Any) -> tuple[list[str], Any]:
+    """The attributes that hold what is wrapped, and what else a wrapper is made of."""
+    names, context = wrapper.__tensor_flatten__()
+    return list(names), context
+
+
+def attribute_source(source: Any, name: str) -> Any:
+    """Where Dynamo finds an attribute of what it finds at ``source``."""
+    from torch._dynamo.source import AttrSource
+
+    return None if source is None else AttrSource(source, name)
+
+
 # ---------------------------------------------------------------- backends (2.13)
 
 

@@ -23,6 +23,7 @@ from tokenpass.options import Settings, in_turn
 from tokenpass.pipeline import rewrite
 from tokenpass.prune_and_gate import prune_and_gate
 from tokenpass.report import GraphReport, Refusal, Report
+from tokenpass.wrapped_inputs import compile_unwrapped
 
 
 def explain(
@@ -72,7 +73,9 @@ def explain(
 
         return running
 
-    traced = torch.compile(_fresh(_call), backend=planning, dynamic=False)
+    traced = torch.compile(
+        _fresh(_call), backend=partial(compile_unwrapped, planning), dynamic=False
+    )
     try:
         traced(target, args, kwargs)
     except Exception as error:
@@ -123,7 +126,8 @@ def budget_for(
             solved.append(for_flops(module, inputs, wanted, target_flops, hint))
         return module.forward
 
-    torch.compile(_fresh(_call), backend=solving, dynamic=False)(target, args, kwargs)
+    backend = partial(compile_unwrapped, solving)
+    torch.compile(_fresh(_call), backend=backend, dynamic=False)(target, args, kwargs)
     if not solved:
         raise TokenpassError(
             f"Dynamo captured no graph of {type(target).__name__}: does it run under torch.compile?"

@@ -30,6 +30,7 @@ LAYERS = [
         "triton_kernels",
     },
     {"torch_internals", "compiler_torch_internals", "export_torch_internals"},
+    {"wrapped_inputs"},
     {"config", "cuts", "flex", "graph", "grid", "merging", "methods", "timing", "views"},
     {"attention_rows", "native", "running_softmax"},
     {"axis_rule", "blocks", "capture", "facts", "gates", "layout", "options"},
