@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -292,3 +292,40 @@ def test_bad_options_name_the_choices() -> None:
     ):
         with pytest.raises(tokenpass.OptionError, match=next(iter(options))):
             tokenpass.Eventful(**options)
+
+
+@pytest.mark.parametrize("attention", ["exact", "delta", "scores", "none"])
+def test_at_full_budget_the_model_itself_runs(model: nn.Module, attention: str) -> None:
+    """Breaks if a full budget pays for state, if the first frame behind gates lets anything stay
+    as it was before, or if more than two graphs are compiled."""
+    compiled: list[fx.GraphModule] = []
+
+    def inner(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        compiled.append(module)
+        return module.forward
+
+    def gating(keep: float, inner: Any) -> Any:
+        method = tokenpass.Eventful(keep=keep, attention=cast("Any", attention), scene_cut=0.9)
+        return torch.compile(model, backend=tokenpass.backend(method, inner=inner), dynamic=False)
+
+    fast, wanted = gating(1.0, inner), gating(0.3, "eager")
+    frames = clip(1, 9)
+    for x in frames[:2]:
+        assert torch.equal(fast(x), model(x))
+        assert tokenpass.stats(fast).computed_in_full
+    tokenpass.set_budget(fast, keep=0.3)
+    for number, x in enumerate(frames[2:6]):
+        assert relative_error(fast(x), wanted(x)) <= TOLERANCE
+        found, expected = (tokenpass.stats(f).selected for f in (fast, wanted))
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        assert bool(tokenpass.stats(fast).computed_in_full) == (number == 0)
+    for x in (frames[6] * float("nan"), *frames[7:]):
+        found, expected = fast(x), wanted(x)
+        assert found.isnan().any() or relative_error(found, expected) <= TOLERANCE
+    cut = torch.randn(SHAPE)
+    for x in (cut, cut + 0.01):
+        assert relative_error(fast(x), model(x)) <= TOLERANCE
+        assert tokenpass.stats(fast).computed_in_full
+    fast(cut)
+    assert not tokenpass.stats(fast).computed_in_full
+    assert len(compiled) == 2

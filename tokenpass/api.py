@@ -17,7 +17,8 @@ from tokenpass.errors import NothingRecordedError, OptionError
 from tokenpass.methods import Budget, HiPrune, Method, check_budget, check_threshold
 from tokenpass.report import GraphReport, Report
 from tokenpass.sessions import Graph, Session, graphs_of, last_call
-from tokenpass.streaming import DEFAULT_STREAM, StreamSession, streaming_to
+from tokenpass.streaming import DEFAULT_STREAM, streaming_to
+from tokenpass.streams import StreamSession
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import threading
 import warnings
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,16 +21,18 @@ from tokenpass.gating import budget
 from tokenpass.logs import log, log_compilation
 from tokenpass.methods import Eventful
 from tokenpass.options import Settings
+from tokenpass.passes.gate import Traced
 from tokenpass.pipeline import failed
 from tokenpass.prune_and_gate import Both, prune_and_gate
 from tokenpass.runtime import Run, compile_inner, warn_of_nothing
 from tokenpass.scenes import SceneWatch
-from tokenpass.sessions import Graph, Session, register, siblings
+from tokenpass.sessions import Graph, register, siblings
 from tokenpass.state import Slot, fresh_state
-
-Signature = tuple[Any, ...]
+from tokenpass.streams import NOTHING_LEFT, Frame, Signature, Stream, StreamSession
 
 DEFAULT_STREAM = "default"
+
+SCENE_CUT = "scene cut"
 
 _stream: contextvars.ContextVar[Mapping[int, str]] = contextvars.ContextVar("stream")
 
@@ -49,139 +48,23 @@ def streaming_to(backend: object, name: str) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Frame:
-    """What happened in one frame.
-
-    Attributes:
-        gated: The graph that ran.
-        full: Whether everything was computed.
-        passed: For each gate what it let through, positions ``(B, U)`` or a mask ``(B, N)``; empty
-            for a full frame.
-        why: Why everything was computed, if it was.
-    """
-
-    gated: Gated
-    full: bool
-    passed: Sequence[Tensor] = ()
-    why: str = ""
-
-    @cached_property
-    def selected(self) -> list[Tensor]:
-        """For each gate the tokens that passed, ``(B, N)``, bool."""
-        plan = self.gated.plan
-        if plan is None:
-            return []
-        masks: list[Tensor] = []
-        for number, region in enumerate(plan.regions):
-            mask = torch.full((region.layout.images, region.layout.count), self.full)
-            if not self.full:
-                passed = self.passed[number].cpu()
-                mask = passed if passed.dtype == torch.bool else mask.scatter(1, passed, True)
-            masks.append(mask)
-        return masks
-
-    @property
-    def update_rates(self) -> list[float]:
-        """Share of the tokens that passed each gate."""
-        return [float(mask.float().mean()) for mask in self.selected]
-
-    @property
-    def rows(self) -> list[int]:
-        """Rows that passed each gate."""
-        return [int(mask.sum()) for mask in self.selected]
-
-    @property
-    def flops(self) -> int:
-        """Floating-point operations of the frame."""
-        if self.full:
-            whole = self.gated.flops_full
-            return self.gated.report.flops if whole is None else whole
-        return self.gated.operations.flops(self.rows)
-
-    @property
-    def operations(self) -> dict[str, int]:
-        """Multiply-adds in the categories of the published code's counters."""
-        return self.gated.operations.counted(self.rows, full=self.full)
-
-
-@dataclass
-class Stream:
-    """The state of one video.
-
-    Attributes:
-        signature: Shapes, dtypes and devices of its frames.
-        state: The tensors that the graphs write into.
-        fresh: Why the next frame has to be computed in full; empty if it need not.
-        finite: Whether all changes of the last frame were finite, ``()``, bool.
-        scenes: Tells a cut from motion.
-        frame: The last one.
-    """
-
-    signature: Signature = ()
-    state: list[Tensor] = field(default_factory=list)
-    fresh: str = "first frame"
-    finite: Tensor | None = None
-    scenes: SceneWatch = field(default_factory=SceneWatch)
-    frame: Frame | None = None
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-
-@dataclass
-class StreamSession(Session):
-    """The streams of one model, the most recently used one last.
-
-    Attributes:
-        threshold: A threshold set at run time; ``None`` for the one it was compiled with.
-    """
-
-    threshold: float | None = None
-    streams: OrderedDict[str, Stream] = field(default_factory=OrderedDict)
-    last: Stream | None = None
-
-    @property
-    def state_bytes(self) -> int:
-        """Memory of all streams."""
-        tensors = (x for stream in self.streams.values() for x in stream.state)
-        return sum(x.numel() * x.element_size() for x in tensors)
-
-    def export(self, name: str) -> dict[str, Any]:
-        """The state of a stream, as copies that can be moved to another process."""
-        stream = self.streams[name]
-        with stream.lock:
-            return {
-                "signature": stream.signature,
-                "state": [x.detach().clone() for x in stream.state],
-                "fresh": stream.fresh,
-            }
-
-    def restore(self, name: str, saved: Mapping[str, Any]) -> None:
-        """Continue a stream from what :meth:`export` gave."""
-        stream = self.streams.setdefault(name, Stream())
-        with stream.lock:
-            stream.signature, stream.fresh = saved["signature"], saved["fresh"]
-            with torch.inference_mode(False):
-                stream.state = [x.detach().clone() for x in saved["state"]]
-            stream.finite, stream.scenes = None, SceneWatch()
-
-    def follow(self, other: Session) -> None:
-        super().follow(other)
-        if isinstance(other, StreamSession):
-            self.threshold = other.threshold
-
-    def forget(self) -> None:
-        super().forget()
-        self.threshold = None
-        self.streams.clear()
-
-
-@dataclass(frozen=True)
 class Compiled:
-    """The graphs for one signature; ``prunes`` if they return kept positions as well."""
+    """The graphs for one signature.
+
+    Attributes:
+        gated: What they are made of.
+        full: Computes everything.
+        incremental: Computes what passes the gates; ``None`` if nothing is gated.
+        prunes: Whether they return kept positions as well.
+        remembers: Whether ``full`` writes down what the gates need. Where it is the graph as it
+            was, the first frame behind gates is one that all tokens pass.
+    """
 
     gated: Gated
     full: Run
     incremental: Run | None
     prunes: bool = False
+    remembers: bool = True
 
 
 class GatedGraph(Graph[StreamSession]):
@@ -261,18 +144,26 @@ class GatedGraph(Graph[StreamSession]):
             return self._kept(session, compiled, compiled.full(*inputs))
         if stream.signature != signature or not _fits(stream.state, compiled.gated.slots):
             self._begin(stream, signature, compiled)
-        why = self._why_full(session, stream, frames)
+        method = self._current(session)
+        why = self._why_full(stream, frames, method)
         if why:
             log.debug("frame computed in full: %s", why)
-            outputs = compiled.full(*inputs, *stream.state)
+        dense = compiled.remembers or self._is_left_alone(method) or why == SCENE_CUT
+        if why and dense:
+            state = stream.state if compiled.remembers else ()
+            outputs = compiled.full(*inputs, *state)
             stream.frame, stream.finite = Frame(compiled.gated, True, why=why), None
-        else:
-            budget = self._budget(session, compiled.gated)
-            outputs = compiled.incremental(*inputs, *budget, *stream.state)
-            outputs, rows = self._split(compiled.gated, outputs)
-            stream.finite, *passed = rows
-            stream.frame = Frame(compiled.gated, False, passed)
-        stream.fresh = ""
+            stream.fresh = "" if compiled.remembers else NOTHING_LEFT
+            return self._kept(session, compiled, outputs)
+        if why:
+            method = replace(method, keep=1.0)
+            for x in stream.state:
+                x.zero_()
+        budget = self._budget(method, compiled.gated)
+        outputs = compiled.incremental(*inputs, *budget, *stream.state)
+        outputs, rows = self._split(compiled.gated, outputs)
+        stream.finite, *passed = rows
+        stream.frame, stream.fresh = Frame(compiled.gated, False, passed, why), ""
         return self._kept(session, compiled, outputs)
 
     @staticmethod
@@ -292,17 +183,21 @@ class GatedGraph(Graph[StreamSession]):
         stream.state = fresh_state(compiled.gated.slots)
         stream.scenes = SceneWatch()
 
-    def _why_full(self, session: StreamSession, stream: Stream, frames: Sequence[Any]) -> str:
+    def _why_full(self, stream: Stream, frames: Sequence[Any], method: Eventful) -> str:
         """Why a frame is to be computed in full; empty if it is not."""
         cut = stream.scenes.cut(frames, self._method.cut_share)
-        if stream.fresh:
+        alone = self._is_left_alone(method)
+        if stream.fresh and not (alone and stream.fresh == NOTHING_LEFT):
             return stream.fresh
         if stream.finite is not None and not bool(stream.finite):
             return "the last frame was not finite"
-        method = self._current(session)
-        if method.full and not self._settings.always_rewrite:
+        if alone:
             return "full budget"
-        return "scene cut" if cut else ""
+        return SCENE_CUT if cut else ""
+
+    def _is_left_alone(self, method: Eventful) -> bool:
+        """Whether all tokens would pass the gates, so that there need be none."""
+        return method.full and not self._settings.always_rewrite
 
     def _current(self, session: StreamSession) -> Eventful:
         """The method with the budget that was set at run time."""
@@ -310,9 +205,9 @@ class GatedGraph(Graph[StreamSession]):
         threshold = self._method.threshold if session.threshold is None else session.threshold
         return replace(self._method, keep=keep, threshold=threshold)
 
-    def _budget(self, session: StreamSession, gated: Gated) -> list[Any]:
+    @staticmethod
+    def _budget(method: Eventful, gated: Gated) -> list[Any]:
         """What the incremental graph takes beside frame and state."""
-        method = self._current(session)
         assert gated.plan is not None
         given: list[Any] = [*budget(gated.plan, method)]
         if method.threshold is not None:
@@ -348,11 +243,7 @@ class GatedGraph(Graph[StreamSession]):
             if gated.full is not None and gated.incremental is not None:
                 self._log(gated)
                 try:
-                    full, incremental = (
-                        compile_inner(self._settings, graph.module, graph.inputs, in_order=True)
-                        for graph in (gated.full, gated.incremental)
-                    )
-                    return Compiled(gated, full, incremental, both.prunes)
+                    return self._both(both, gated.full, gated.incremental, inputs)
                 except Exception as error:
                     if compiler_internals.steers_compilation(error):
                         raise
@@ -363,6 +254,20 @@ class GatedGraph(Graph[StreamSession]):
             self._log(gated)
             whole = compile_inner(self._settings, both.module, inputs)
             return Compiled(replace(gated, flops_full=None), whole, None, both.prunes)
+
+    def _both(
+        self, both: Both, full: Traced, incremental: Traced, inputs: Sequence[Any]
+    ) -> Compiled:
+        """The full and the incremental graph. At full budget the full one is the model itself,
+        which no state slows down."""
+
+        def compiled(graph: Traced) -> Run:
+            return compile_inner(self._settings, graph.module, graph.inputs, in_order=True)
+
+        if both.prunes or not self._is_left_alone(self._method):
+            return Compiled(both.gated, compiled(full), compiled(incremental), both.prunes)
+        whole = compile_inner(self._settings, both.module, inputs)
+        return Compiled(both.gated, whole, compiled(incremental), remembers=False)
 
     def _log(self, gated: Gated) -> None:
         traced = {"full": gated.full, "incremental": gated.incremental}

@@ -44,6 +44,7 @@ LAYERS = [
     {"pipeline", "gated"},
     {"budgets", "prune_and_gate"},
     {"sessions"},
+    {"streams"},
     {"runtime", "streaming", "explain", "export"},
     {"answering"},
     {"api", "backend"},
