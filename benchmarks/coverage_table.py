@@ -28,10 +28,7 @@ An encoder that is left as it is has the error of the graph as it was captured, 
 library computes something else while it is traced, the graph is what the error is measured against.
 *At keep 0.5*: the same for `HiPrune(keep=0.5, dropped="discard")` against an executor that runs the
 original model on all tokens and masks those that left; empty where it cannot tell the attentions
-apart, as in windows. Masking is not dropping where probabilities are changed behind the softmax (a
-bias or a norm between heads), where convolutions see the tokens that left, or where the stream is
-no plain sum: large numbers in this column have not yet been traced to this or to the rewrite.
-The run can be stopped and taken up again: what is empty has not been looked at yet. Where the rows
+apart, as in windows. The run can be stopped and taken up again: what is empty has not been looked at yet. Where the rows
 come from: {commits}.
 """
 
@@ -76,7 +73,7 @@ def summary(rows: Rows, seen: Seen) -> str:
     failed = [name for name, row in rows.items() if _errors(row)]
     lines.append(f"* {len(failed)} encoders failed: {', '.join(failed) or 'none'}.")
     wrong = [name for name, row in rows.items() if _worst(row) > TOLERANCE]
-    over = ", ".join(wrong) or "none"
+    over = ", ".join(name + _from_float64(rows[name].get("gate", {})) for name in wrong) or "none"
     lines.append(f"* {len(wrong)} have an error above {TOLERANCE:.0e}: {over}.")
     reduced = [row.get("prune", {}).get("reduced") for row in rows.values()]
     masked = [error for error in reduced if error is not None]
@@ -86,6 +83,13 @@ def summary(rows: Rows, seen: Seen) -> str:
             f" {max(masked):.1e}."
         )
     return "\n".join(lines) + "\n"
+
+
+def _from_float64(gate: Mapping[str, Any]) -> str:
+    if "from_float64" not in gate:
+        return ""
+    found, eager = gate["from_float64"], gate["eager_from_float64"]
+    return f" ({found:.1e} from float64, eager mode itself {eager:.1e})"
 
 
 def _compared(rows: Rows, key: str) -> int:
