@@ -28,8 +28,8 @@ An encoder that is left as it is has the error of the graph as it was captured, 
 library computes something else while it is traced, the graph is what the error is measured against.
 *At keep 0.5*: the same for `HiPrune(keep=0.5, dropped="discard")` against an executor that runs the
 original model on all tokens and masks those that left; empty where it cannot tell the attentions
-apart, as in windows. The run can be stopped and taken up again: what is empty has not been looked at yet. Where the rows
-come from: {commits}.
+apart, as in windows. The run can be stopped and taken up again: what is empty has not been looked
+at yet. Where the rows come from: {commits}.
 """
 
 
