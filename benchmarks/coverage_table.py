@@ -39,8 +39,8 @@ def write_page(rows: Rows, seen: Seen) -> None:
     text = INTRODUCTION.format(
         count=len(rows), commits=_commits(rows), **{k: facts[k] for k in ("date", "torch")}
     )
-    parts = [text, summary(rows, seen), table(rows, seen), refusals(rows), ""]
-    PAGE.write_text("\n".join(parts), encoding="utf-8")
+    parts = [text, summary(rows, seen), table(rows, seen), other_counts(rows, seen), refusals(rows)]
+    PAGE.write_text("\n".join([*parts, ""]), encoding="utf-8")
 
 
 def _commits(rows: Rows) -> str:
@@ -101,6 +101,27 @@ def table(rows: Rows, seen: Seen) -> str:
     titles = ["model", "attentions", *found, "failures"]
     cells = [_cells(name, row, seen.get(name, {})) for name, row in rows.items()]
     return markdown(titles, cells) + "\n"
+
+
+def other_counts(rows: Rows, seen: Seen) -> str:
+    """Why the probe saw another number of attentions."""
+    lines = [
+        "## Where the probe saw another number of attentions",
+        "",
+        "The probe counted every softmax between two products of a graph. An attention is that of "
+        "which queries, keys and values can be named; a softmax over a single key is a constant.",
+        "",
+    ]
+    for name, row in rows.items():
+        found, expected = row.get("prune", {}).get("attentions"), seen.get(name, {})
+        probed = int(expected.get("attn_all_graphs") or 0)
+        if found is None or found == probed:
+            continue
+        why = [f"{r} ({n})" for r, n, *_ in row["prune"]["refusals"] if r.startswith("attention")]
+        if found > probed:
+            why = [f"the probe saw none in any of its {expected['graphs']} graphs"]
+        lines.append(f"* {name}, {found} of {probed}: {'; '.join(why)}")
+    return "\n".join([*lines, ""])
 
 
 def refusals(rows: Rows) -> str:
