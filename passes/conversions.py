@@ -98,9 +98,6 @@ class Conversions:
         survivors = self._stages[have]
         if survivors.owner_of_all is not None:
             return self._take(x, dims, survivors.owner_of_all, have)
-        if last is None:
-            sizes = [self._layout.extent(self._grid.resized(d, self._grid.count)) for d in dims]
-            last = x.new_zeros(sizes)
 
         def index(unit: Dim) -> Tensor:
             total = self._layout.extent(self._grid.resized(unit, self._grid.count))

@@ -39,6 +39,11 @@ def image_axes(facts: Facts) -> frozenset[Axis]:
     return unmixed & first
 
 
+def first_axes(facts: Facts) -> frozenset[Axis]:
+    """The axes that inputs begin with, packed tokens ``(N, C)`` left out."""
+    return axes_of(dims[0] for dims in _inputs(facts) if len(dims) > 2) & _input_axes(facts)
+
+
 def channel_axes(facts: Facts) -> frozenset[Axis]:
     """Input axes that are channels: a linear layer sums over all of them, or a norm runs there."""
     found: set[Axis] = set()

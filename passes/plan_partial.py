@@ -15,7 +15,7 @@ from torch import fx
 
 from tokenpass import reasons
 from tokenpass.blocks import Block, NoMatch
-from tokenpass.dims import Size, concat_axis
+from tokenpass.dims import Size, axes_of, concat_axis
 from tokenpass.errors import OptionError
 from tokenpass.facts import Facts, multiply_adds
 from tokenpass.gating import Region
@@ -27,6 +27,7 @@ from tokenpass.passes.any_tokens import Surroundings
 from tokenpass.passes.cost import token_symbol
 from tokenpass.passes.functionalise import written_values
 from tokenpass.passes.gate_cost import row_work
+from tokenpass.passes.input_axes import first_axes
 from tokenpass.passes.plan_pruning import PATTERN, check_layers, schedule_of
 from tokenpass.patterns.residual import SUMS
 from tokenpass.rows import RowLayout
@@ -135,6 +136,8 @@ class _Planner:
         first = self.regions[0].outputs[0]
         if isinstance(shape, str):
             return NoMatch(PATTERN, shape, (first,))
+        if first_axes(self.facts) & axes_of([self.layout.tokens]):
+            return NoMatch(PATTERN, reasons.IMAGES_AS_TOKENS, (first,))
         if not self.blocks:
             return NoMatch(PATTERN, reasons.NO_BLOCK_HERE, (first,))
         patches = self.layout.count - len(self.fixed)

@@ -187,7 +187,12 @@ class _Analysis:
         if any(len(self.facts.effects[operand].outs) > 1 for operand in operands(node)):
             return False
         attention = self.inside.get(node)
-        return attention is None or attention.fused
+        return attention is None or (attention.fused and not self._keys_are_masked(attention))
+
+    def _keys_are_masked(self, attention: Attention) -> bool:
+        """Whether a mask is computed from tokens of the keys, which are more than the queries."""
+        last = [self.facts.dims(mask.node)[-1:] for mask in attention.masks]
+        return any(self.grid.carried_in(dims) for dims in last)
 
     def _reads(self, node: fx.Node, operand: fx.Node, version: int) -> int:
         """The version of ``operand`` that ``node`` needs to be computed in ``version``."""

@@ -105,9 +105,12 @@ def _product_with_values(
 
     Returns the nodes between, the product and the values.
     """
-    path: list[fx.Node] = []
-    current = softmax
-    while True:
+    dead_end = NoMatch(PATTERN, reasons.NO_SUM, (softmax,))
+    paths: list[list[fx.Node]] = [[]]
+    seen: set[fx.Node] = set()
+    while paths:
+        path = paths.pop()
+        current = path[-1] if path else softmax
         users = [user for user in current.users if user.op != "output"]
         for user in users:
             effect = facts.effects[user]
@@ -115,11 +118,12 @@ def _product_with_values(
                 others = [source for source in operands(user) if source is not current]
                 if others:
                     return path, user, others[-1]
-        carrying = [user for user in users if _keeps(facts, user, axis)]
-        if not carrying:
-            return NoMatch(PATTERN, reasons.NO_SUM, (softmax, *users[:1]))
-        current = carrying[0]
-        path.append(current)
+        carrying = [user for user in users if _keeps(facts, user, axis) and user not in seen]
+        if not carrying and len(dead_end.nodes) == 1:
+            dead_end = NoMatch(PATTERN, reasons.NO_SUM, (softmax, *users[:1]))
+        seen.update(carrying)
+        paths += [[*path, user] for user in reversed(carrying)]
+    return dead_end
 
 
 def _sums_over(

@@ -11,9 +11,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 import tokenpass
+from tests import tiny
 from tests.zoo import DIFFERENT, MODELS, Entry, relative_error, tensors
 
 OPTIONS = st.fixed_dictionaries(
@@ -119,3 +120,41 @@ def test_dynamic_batch(entry: Entry) -> None:
             assert relative_error(fast(images), model(images)) <= 1e-5
             assert tokenpass.kept(fast).shape == (batch, 64)
     assert len(tokenpass.report(fast).graphs) == 1
+
+
+class KeepsMaps(tiny.Attention):
+    """Keeps its probabilities to look at."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        maps = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
+        self.maps = maps.detach()
+        out: Tensor = maps @ v
+        return out
+
+
+class ReturnsMaps(tiny.Encoder):
+    def forward(self, x: Tensor) -> Any:
+        y = super().forward(x)
+        return y, [block.get_submodule("attention").maps for block in self.blocks]
+
+
+@torch.no_grad()
+def test_attention_maps_are_returned_whole() -> None:
+    """Breaks if a softmax that is read twice is no attention, or if a map of the tokens that are
+    left is not put back where they were, along both of its dimensions."""
+    torch.manual_seed(0)
+    model = ReturnsMaps([tiny.Block(KeepsMaps) for _ in range(4)])
+    method = tokenpass.HiPrune(keep=1.0, dropped="discard")
+    fast: Any = torch.compile(
+        model, backend=tokenpass.backend(method, inner="eager", always_rewrite=True)
+    )
+    images = tiny.images()
+    assert relative_error(tensors(fast(images)), tensors(model(images))) <= 1e-5
+    tokenpass.set_budget(fast, keep=0.3)
+    *_, last = tensors(fast(images))
+    left = torch.zeros(2, tiny.TOKENS + 1, dtype=torch.bool)
+    left[:, 0] = True
+    left = left.scatter(1, tokenpass.kept(fast) + 1, True)
+    sums = last.sum(-1)
+    assert torch.allclose(sums, left[:, None].expand_as(sums).float(), atol=1e-6)
+    assert not last.masked_select(~(left[:, None, :, None] & left[:, None, None])).any()

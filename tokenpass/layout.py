@@ -128,22 +128,24 @@ class Layout:
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
 
     def overlay(
-        self, full: Tensor, x: Tensor, dims: Dims, index: Callable[[Dim], Tensor]
+        self, full: Tensor | None, x: Tensor, dims: Dims, index: Callable[[Dim], Tensor]
     ) -> Tensor:
         """``full`` with some of its tokens replaced by those of ``x``.
 
         Args:
-            full: All tokens.
+            full: All tokens, along one dimension; zeros, along any number, if ``None``.
             x: Fewer tokens, in the same dimensions otherwise.
             dims: The dimensions.
             index: Positions in ``full`` and ``x`` laid end to end, ``(B, N)``.
         """
-        y, units = self.split(full, dims)
-        z, _ = self.split(x, dims)
+        z, units = self.split(x, dims)
         flat = [unit for group in units for unit in group]
-        (place,) = (p for p, unit in enumerate(flat) if unit.holds_grid)
-        both = torch.cat([y, z], place)
-        return self._join(self._take_at(both, flat, place, index(flat[place].dim)), units)
+        for place in (p for p, unit in enumerate(flat) if unit.holds_grid):
+            dim, sizes = flat[place].dim, list(z.shape)
+            sizes[place] = self.extent(self.grid.resized(dim, self.grid.count))
+            y = z.new_zeros(sizes) if full is None else self.split(full, dims)[0]
+            z = self._take_at(torch.cat([y, z], place), flat, place, index(dim))
+        return self._join(z, units)
 
     def heads(self, x: Tensor, dims: Dims, channel: int) -> Tensor:
         """Queries or keys as ``(B, h, N, d)``."""

@@ -165,6 +165,11 @@ PARTLY_CLASS = Reason(
 )
 NO_PATCH_WISE = Reason("no linear layer treats every patch token alone")
 NO_BLOCK_HERE = Reason("no block runs over these tokens", NOT_ADDED.hint)
+IMAGES_AS_TOKENS = Reason(
+    "the first dimension of an input counts as tokens: the images of a batch would be ranked "
+    "against one another",
+    "keep the images apart in what comes before the last attention",
+)
 NOTHING_BEHIND = Reason(
     "no linear layer treats every token alone behind the first cut",
     "cut earlier: stages=[(block, keep), ...]",

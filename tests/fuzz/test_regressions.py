@@ -143,6 +143,63 @@ CASES = {
         keep=0.75,
         also="eventful",
     ),
+    "keys that are masked, of which there are more than queries": Case(
+        Encoder(
+            blocks=(
+                Block(),
+                Block(
+                    attention=Attention(
+                        bias=False,
+                        scale="key",
+                        norm="unit",
+                        position="relative",
+                        mask="keys",
+                        join="contiguous view",
+                    ),
+                    norms="root mean square",
+                    placement="sandwich",
+                    residual="weighted skip",
+                    detour="rolled",
+                ),
+            ),
+            final_norm=False,
+            head="pair",
+            extra="view",
+            batch=3,
+            seed=556,
+        ),
+        keep=0.5,
+        also="merge",
+    ),
+    "images that are mixed with heads": Case(
+        Encoder(
+            layout="image",
+            blocks=(
+                Block(mlp="joint gate", residual="alpha", detour="float64"),
+                Block(
+                    attention=Attention(
+                        heads=4,
+                        spelling="baddbmm",
+                        projections="heads outside",
+                        key_heads=2,
+                        position="rotary",
+                        mask="causal",
+                        join="permute",
+                    ),
+                    norms="written out",
+                    placement="one sum",
+                    detour="stacked",
+                ),
+            ),
+            final_norm=False,
+            head="attention",
+            extra="branch",
+            batch=3,
+            seed=141,
+        ),
+        keep=3,
+        also="eventful",
+    ),
     "a stream whose dimensions change places": Case(
         Encoder(layout="channels first", blocks=(Block(), Block(built_in=True)), final_norm=False),
         keep=0.75,
