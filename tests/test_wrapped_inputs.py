@@ -78,7 +78,7 @@ def wrapping(
 
 
 def compiled(model: nn.Module, method: Any) -> Any:
-    backend = tokenpass.backend(method, inner="aot_eager", always_rewrite=True)
+    backend = tokenpass.backend(method, inner="eager", always_rewrite=True)
     return torch.compile(model, backend=backend, dynamic=False)
 
 
