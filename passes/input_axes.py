@@ -29,7 +29,7 @@ def image_axes(facts: Facts) -> frozenset[Axis]:
         if node not in upstream:
             upstream.add(node)
             pending += node.all_input_nodes
-    first = axes_of(dims[0] for dims in _inputs(facts) if dims)
+    first = first_axes(facts, 1)
     effects = [facts.effects[node] for node in upstream]
     guessed = {axis for effect in effects if effect.what is What.OPAQUE for axis in effect.mixed}
     mixed = {axis for effect in effects if effect.what is not What.OPAQUE for axis in effect.mixed}
@@ -39,9 +39,9 @@ def image_axes(facts: Facts) -> frozenset[Axis]:
     return unmixed & first
 
 
-def first_axes(facts: Facts) -> frozenset[Axis]:
-    """The axes that inputs begin with, packed tokens ``(N, C)`` left out."""
-    return axes_of(dims[0] for dims in _inputs(facts) if len(dims) > 2) & _input_axes(facts)
+def first_axes(facts: Facts, rank: int) -> frozenset[Axis]:
+    """The axes that inputs of at least so many dimensions begin with."""
+    return axes_of(dims[0] for dims in _inputs(facts) if len(dims) >= rank) & _input_axes(facts)
 
 
 def channel_axes(facts: Facts) -> frozenset[Axis]:

@@ -33,6 +33,9 @@ from tokenpass.patterns.residual import SUMS
 from tokenpass.rows import RowLayout
 from tokenpass.selection import token_budget
 
+BATCHED = 3
+"""Dimensions from which on the first one is a batch; packed tokens are ``(N, C)``."""
+
 
 def plan_partial(
     facts: Facts, around: Surroundings, method: HiPrune
@@ -136,7 +139,7 @@ class _Planner:
         first = self.regions[0].outputs[0]
         if isinstance(shape, str):
             return NoMatch(PATTERN, shape, (first,))
-        if first_axes(self.facts) & axes_of([self.layout.tokens]):
+        if first_axes(self.facts, BATCHED) & axes_of([self.layout.tokens]):
             return NoMatch(PATTERN, reasons.IMAGES_AS_TOKENS, (first,))
         if not self.blocks:
             return NoMatch(PATTERN, reasons.NO_BLOCK_HERE, (first,))
