@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -50,6 +51,12 @@ def compile_unwrapped(compiling: Compile, module: fx.GraphModule, inputs: Sequen
     """
     if not any(_opens(x) for x in inputs):
         return compiling(module, inputs)
+    places = [_places(x) for x in inputs]
+
+    def unwrapped(values: Sequence[Any]) -> list[Any]:
+        pairs = zip(values, places, strict=True)
+        return [reduce(getattr, path, value) for value, paths in pairs for path in paths]
+
     run = compiling(_taking_plain_tensors(module, inputs), unwrapped(inputs))
 
     def opened(*values: Any) -> Any:
@@ -58,22 +65,18 @@ def compile_unwrapped(compiling: Compile, module: fx.GraphModule, inputs: Sequen
     return opened
 
 
-def unwrapped(values: Sequence[Any]) -> list[Any]:
-    """What is wrapped, in place of the wrappers."""
-    return [inner for value in values for inner in _opened(value)]
-
-
 def _opens(value: Any) -> bool:
     if not compiler_internals.is_wrapper(value) or value.requires_grad:
         return False
     return compiler_internals.answers_functions(value)
 
 
-def _opened(value: Any) -> list[Any]:
+def _places(value: Any) -> list[tuple[str, ...]]:
+    """Attributes that lead to what is wrapped; none of them to what wraps nothing."""
     if not _opens(value):
-        return [value]
+        return [()]
     names, _ = compiler_internals.wrapped_names(value)
-    return [inner for name in names for inner in _opened(getattr(value, name))]
+    return [(name, *path) for name in names for path in _places(getattr(value, name))]
 
 
 def _taking_plain_tensors(module: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
