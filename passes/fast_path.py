@@ -89,10 +89,15 @@ def _transformer_encoder_layer(
         return functional.layer_norm(x, (embed_dim,), norm_weight_2, norm_bias_2, eps)
 
     if norm_first:
-        x = src + attend(first_norm(src))
-        return x + feed_forward(second_norm(x))
-    x = first_norm(src + attend(src))
-    return second_norm(x + feed_forward(x))
+        x = _added_to(attend(first_norm(src)), src)
+        return _added_to(feed_forward(second_norm(x)), x)
+    x = first_norm(_added_to(attend(src), src))
+    return second_norm(_added_to(feed_forward(x), x))
+
+
+def _added_to(branch: Tensor, stream: Tensor) -> Tensor:
+    """What a fused layer adds, it adds in place: under autocast with the precision of a branch."""
+    return (stream + branch).to(branch.dtype)
 
 
 FAST_PATH: dict[Any, Callable[..., Any]] = {

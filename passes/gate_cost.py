@@ -12,13 +12,14 @@ from dataclasses import dataclass
 
 import sympy
 import torch
+from torch import Tensor
 
 from tokenpass.dims import Size, is_data
 from tokenpass.exchange_cost import pairs
 from tokenpass.facts import Facts, multiply_adds
 from tokenpass.gating import Gating, Region, needed_nodes
 from tokenpass.graph import operands, tensor_of
-from tokenpass.passes.update_attention import attention_shape
+from tokenpass.passes.attention_parts import AttentionParts, AttentionShape
 
 aten = torch.ops.aten
 
@@ -38,34 +39,52 @@ class Updated:
 
     Attributes:
         gate: The number of the gate of its queries, keys and values.
-        shape: Images, heads, tokens, width of a query and of a value.
+        shape: Its sizes.
         mode: ``"exact"``, ``"delta"`` or ``"scores"``.
         reads_maps: Whether the scores are computed anew, elsewhere.
         compiled: Whether code compiled for it does it.
+        cells: If keys are pooled, the one that each token is a part of.
     """
 
     gate: int
-    shape: tuple[int, int, int, int, int]
+    shape: AttentionShape
     mode: str
     reads_maps: bool
     compiled: bool
+    cells: tuple[int, ...] = ()
 
-    def work(self, rows: int) -> int:
-        """Multiply-adds of an update after ``rows`` rows of all images passed the gate."""
-        images, heads, tokens, width, value_width = self.shape
-        each = heads * (value_width + (0 if self.reads_maps else width))
-        if self.mode == "delta":
-            return 2 * rows * tokens * each
-        if self.mode == "scores":
-            return heads * tokens * (2 * rows * width + images * tokens * value_width)
-        return images * each * pairs(tokens, rows // images, compiled=self.compiled)
+    def work(self, rows: int, columns: int | None = None) -> int:
+        """Multiply-adds of an update after ``rows`` rows of all images passed the gate.
+
+        Args:
+            rows: Queries that changed.
+            columns: Keys that did; as many if ``None``, which is what is computed: a key that
+                several tokens are pooled into is computed for each.
+        """
+        columns = rows if columns is None else columns
+        shape, width = self.shape, 0 if self.reads_maps else self.shape.width
+        if self.mode == "exact":
+            each = shape.heads * (shape.value_width + width)
+            passed = rows // shape.images
+            return shape.images * each * pairs(shape.tokens, passed, compiled=self.compiled)
+        scores = (rows * shape.keys + shape.tokens * columns) * width
+        summed = shape.images * shape.keys if self.mode == "scores" else 2 * columns
+        return shape.heads * (scores + shape.tokens * summed * shape.value_width)
+
+    def columns(self, mask: Tensor) -> int:
+        """Keys of all images that change with the tokens in ``mask`` ``(B, N)``, bool."""
+        if not self.cells:
+            return int(mask.sum())
+        table = torch.tensor(self.cells).expand(mask.shape)
+        hit = torch.zeros(mask.shape[0], self.shape.keys)
+        return int(hit.scatter_add(1, table, mask.float()).count_nonzero())
 
     @property
     def dense(self) -> int:
         """Multiply-adds of the attention in full."""
-        images, heads, tokens, width, value_width = self.shape
-        both = value_width + (0 if self.reads_maps else width)
-        return int(images * heads * tokens * tokens * both)
+        shape = self.shape
+        both = shape.value_width + (0 if self.reads_maps else shape.width)
+        return shape.images * shape.heads * shape.tokens * shape.keys * both
 
 
 @dataclass(frozen=True)
@@ -91,8 +110,14 @@ class Operations:
         linear = sum(each * rows for each, rows in zip(self.rows, passed, strict=True))
         return 2 * (linear + self.dense + sum(a.work(passed[a.gate]) for a in self.updated))
 
-    def counted(self, passed: Sequence[int], *, full: bool) -> dict[str, int]:
-        """Operations in the categories of the published code's counters, bias and adds left out."""
+    def counted(self, masks: Sequence[Tensor], *, full: bool) -> dict[str, int]:
+        """Operations in the categories of the published code's counters, bias and adds left out.
+
+        Args:
+            masks: For each gate the tokens that passed, ``(B, N)``, bool.
+            full: Whether everything was computed.
+        """
+        passed = [int(mask.sum()) for mask in masks]
         linear, everything = (
             sum(each * rows for each, rows in zip(work, passed, strict=True))
             for work in (self.linear, self.rows)
@@ -103,15 +128,17 @@ class Operations:
         counts = {
             "linear": linear,
             "einsum": everything - linear,
-            "matmul": self.products + sum(item.work(passed[item.gate]) for item in self.updated),
+            "matmul": self.products,
             "gate": sum(self.compared),
         }
         for item in self.updated:
+            columns, shape = item.columns(masks[item.gate]), item.shape
+            counts["matmul"] += item.work(passed[item.gate], columns)
             if item.mode == "delta":
-                images, heads, tokens, _, width = item.shape
-                values = heads * width
-                counts["gate"] += images * tokens * (values + heads * tokens)
-                added = (passed[item.gate] + 2 * images * tokens) * values
+                values = shape.heads * shape.value_width
+                maps = shape.heads * shape.tokens
+                counts["gate"] += shape.images * shape.keys * (values + maps)
+                added = (columns + 2 * shape.images * shape.tokens) * values
                 counts["accumulator"] = counts.get("accumulator", 0) + added
         return counts
 
@@ -181,10 +208,11 @@ def operations(facts: Facts, plan: Gating) -> Operations:
         updated=[
             Updated(
                 item.region,
-                attention_shape(facts, item.attention),
+                AttentionParts(facts, item.attention).shape,
                 item.mode,
                 item.reads_maps,
                 item.compiled,
+                item.cells,
             )
             for item in plan.attentions
         ],

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Literal
 
 from torch import fx
 
 from tokenpass import reasons
 from tokenpass.blocks import Attention, Found, NoMatch
+from tokenpass.dims import Dim
 from tokenpass.facts import Facts, multiply_adds
 from tokenpass.gates import FEWEST
 from tokenpass.gating import GatedAttention, Gating, Region, gateable
@@ -16,6 +18,7 @@ from tokenpass.graph import tensor_of
 from tokenpass.methods import Eventful
 from tokenpass.passes.any_tokens import around_any_tokens
 from tokenpass.passes.input_axes import varying_nodes
+from tokenpass.passes.pooled_keys import pooled_cells
 from tokenpass.rows import own_digits
 
 PATTERN = "gating"
@@ -92,33 +95,48 @@ def _attentions(
     updated: list[GatedAttention] = []
     misses: list[NoMatch] = []
     for match in attentions:
-        number = _region_of(match, regions)
-        if number is None:
-            several = reasons.dense(reasons.SEVERAL_GATES)
-            misses.append(NoMatch(PATTERN, several, (match.softmax,)))
-            continue
-        reason = _why_dense(facts, match, regions[number], varying, method.attention)
-        if reason:
-            misses.append(NoMatch(PATTERN, reasons.dense(reason), (match.softmax,)))
+        found = _updated(facts, match, regions, varying, method.attention)
+        if isinstance(found, GatedAttention):
+            updated.append(found)
         else:
-            updated.append(GatedAttention(match, number, method.attention))
+            misses.append(NoMatch(PATTERN, reasons.dense(found), (match.softmax,)))
     return updated, misses
 
 
-def _region_of(match: Attention, regions: list[Region]) -> int | None:
+def _updated(
+    facts: Facts,
+    match: Attention,
+    regions: list[Region],
+    varying: frozenset[fx.Node],
+    mode: Literal["exact", "delta", "scores"],
+) -> GatedAttention | str:
+    """An attention as it can be updated, or why it cannot be."""
     reads = {match.query, match.key, match.value}
-    numbers = (n for n, region in enumerate(regions) if reads <= set(region.outputs))
-    return next(numbers, None)
+    poolable = mode != "exact" and match.plain and not match.masks
+    for number, region in enumerate(regions):
+        if reads <= set(region.outputs):
+            reason = _why_dense(facts, match, region, varying, mode)
+            return reason or GatedAttention(match, number, mode)
+        if poolable and match.query in region.outputs and _of_all(match.query_dim, region):
+            cells = pooled_cells(facts, match, region)
+            if cells is not None:
+                return GatedAttention(match, number, mode, cells)
+    return reasons.SEVERAL_GATES
+
+
+def _of_all(tokens: Dim, region: Region) -> bool:
+    """Whether a dimension holds all tokens of an image, in one piece."""
+    layout = region.layout
+    return set(own_digits((tokens,), layout.axes) or ()) == set(layout.tokens)
 
 
 def _why_dense(
     facts: Facts, match: Attention, region: Region, varying: frozenset[fx.Node], mode: str
 ) -> str:
     """Why an attention cannot be updated; empty if it can."""
-    layout = region.layout
     dims = [facts.dims(node) for node in (match.query, match.key, match.value)]
     within = all(match.key_dim in own for own in dims) and match.query_dim == match.key_dim
-    if not within or set(own_digits((match.key_dim,), layout.axes) or ()) != set(layout.tokens):
+    if not within or not _of_all(match.key_dim, region):
         return reasons.OTHER_TOKENS
     if facts.dims(match.value)[-2:-1] != (match.key_dim,):
         return reasons.VALUES_LIE

@@ -53,11 +53,13 @@ class GatedAttention:
         attention: The match.
         region: Which region its queries, keys and values come from, by number.
         mode: ``"exact"``, ``"delta"`` or ``"scores"``.
+        cells: If keys and values are pooled, the one that each token is a part of.
     """
 
     attention: Attention
     region: int
     mode: str
+    cells: tuple[int, ...] = ()
 
     @property
     def compiled(self) -> bool:

@@ -74,7 +74,7 @@ class Frame:
     @property
     def operations(self) -> dict[str, int]:
         """Multiply-adds in the categories of the published code's counters."""
-        return self.gated.operations.counted(self.rows, full=self.full)
+        return self.gated.operations.counted(self.selected, full=self.full)
 
 
 @dataclass

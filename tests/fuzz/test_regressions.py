@@ -200,6 +200,9 @@ CASES = {
         keep=3,
         also="eventful",
     ),
+    "a built-in layer that adds in half precision": Case(
+        Encoder(blocks=(Block(built_in=True),), double=False, autocast=True), also="eventful"
+    ),
     "a stream whose dimensions change places": Case(
         Encoder(layout="channels first", blocks=(Block(), Block(built_in=True)), final_norm=False),
         keep=0.75,
