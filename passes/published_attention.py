@@ -81,20 +81,21 @@ class PublishedAttention:
     @staticmethod
     def slots(facts: Facts, plan: Gating, item: GatedAttention) -> list[Slot]:
         """For ``"scores"`` these; for ``"delta"`` also gated probabilities, values and output."""
-        number, value = plan.attentions.index(item), item.attention.value.meta["val"]
+        number = plan.attentions.index(item)
+        query, value = (n.meta["val"] for n in (item.attention.query, item.attention.value))
         shape = AttentionParts(facts, item.attention).shape
         lead = (shape.images, shape.heads)
         maps = (*lead, shape.tokens, shape.keys)
-        shapes: dict[str, tuple[int, ...]] = {}
+        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         if item.mode == "delta":
-            shapes["maps"] = maps
-            shapes["values"] = (*lead, shape.keys, shape.value_width)
-            shapes["out"] = (*lead, shape.tokens, shape.value_width)
+            shapes["maps"] = maps, value.dtype
+            shapes["values"] = (*lead, shape.keys, shape.value_width), value.dtype
+            shapes["out"] = (*lead, shape.tokens, shape.value_width), value.dtype
         if not item.reads_maps:
-            shapes["scores"] = maps
+            shapes["scores"] = maps, query.dtype
         return [
-            Slot(("attention", number, kind), size, value.dtype, value.device)
-            for kind, size in shapes.items()
+            Slot(("attention", number, kind), size, dtype, value.device)
+            for kind, (size, dtype) in shapes.items()
         ]
 
     # ------------------------------------------------------------ full frames
@@ -114,10 +115,10 @@ class PublishedAttention:
         """Probabilities ``(B, h, N, Nk)``; their scores are remembered."""
         if self._item.reads_maps:
             return self._parts.traced_maps(env)
-        query, key, _ = self._heads(env)
+        query, key, value = self._heads(env)
         scores = (query * self._item.attention.scale) @ key.transpose(-1, -2)
         self._slot("scores").copy_(scores)
-        return _probabilities(scores, self._parts.bias(env))
+        return self._probabilities(scores, value, env)
 
     # ------------------------------------------------------------ later frames
 
@@ -127,9 +128,14 @@ class PublishedAttention:
         if self._item.reads_maps:
             now = self._parts.traced_maps(env)
         else:
-            now = _probabilities(self._scores(query, key, changed), self._parts.bias(env))
+            now = self._probabilities(self._scores(query, key, changed), value, env)
         out = now @ value if self._item.mode == "scores" else self._product(now, value, changed)
         return self._parts.result(out)
+
+    def _probabilities(self, scores: Tensor, value: Tensor, env: Env) -> Tensor:
+        """As they meet the values: models may have these in another precision than the scores."""
+        bias = self._parts.bias(env)
+        return (scores if bias is None else scores + bias).softmax(-1).to(value.dtype)
 
     def _scores(self, query: Tensor, key: Tensor, changed: Changed) -> Tensor:
         """Buffered scores, of which the rows and columns of what changed are new (section 4.2)."""
@@ -165,7 +171,3 @@ class PublishedAttention:
 
     def _slot(self, kind: str) -> Tensor:
         return self._state["attention", self._number, kind]
-
-
-def _probabilities(scores: Tensor, bias: Tensor | None) -> Tensor:
-    return (scores if bias is None else scores + bias).softmax(-1)

@@ -21,6 +21,7 @@ class Shape:
         window: Height and width of the windows of the blocks in ``windowed``; pads if need be.
         relative: Whether scores get decomposed relative positions (not with a class token).
         pool: Side of the cells over which keys and values are averaged.
+        product: Precision of probabilities and values in their product; their own if ``None``.
     """
 
     dim: int
@@ -33,6 +34,7 @@ class Shape:
     windowed: frozenset[int] = frozenset()
     relative: bool = False
     pool: int = 1
+    product: torch.dtype | None = None
 
     @property
     def tokens(self) -> int:
@@ -100,9 +102,13 @@ class OracleBlock(nn.Module):
         if self.windowed:
             qkv = windows(qkv, self.qkv.bias, self.shape)
         q, k, v = self.heads(qkv)
-        mixed = self.weights(q, self.scores(q, k)) @ v
+        weights = self.weights(q, self.scores(q, k))
+        mixed = (self.cast(weights) @ self.cast(v)).to(v.dtype)
         out = mixed.transpose(1, 2).flatten(2)
         return unwindowed(out, self.shape) if self.windowed else out
+
+    def cast(self, x: Tensor) -> Tensor:
+        return x if self.shape.product is None else x.to(self.shape.product)
 
     def mlp(self, x: Tensor) -> Tensor:
         out: Tensor = self.mlp_2(functional.gelu(self.mlp_1(x)))

@@ -106,6 +106,7 @@ class Case:
                 windowed=frozenset(config["window_indices"]),
                 relative="relative_embedding_size" in extra,
                 pool=extra.get("pool_size") or 1,
+                product=getattr(torch, extra.get("matmul_2_cast") or "", None),
             )
         )
         encoder.load_state_dict(weights)
@@ -237,8 +238,9 @@ class Reference:
             self._count_dense(block, qkv)
         else:
             self._count_gated(block, qkv, int(chosen.sum()), int(columns.sum()), k.shape[2])
-        mixed = self._by_delta(name, weights, v, columns) if self.kind == "full" else weights @ v
-        return mixed.transpose(1, 2).flatten(2)
+        a, b = block.cast(weights), block.cast(v)
+        mixed = self._by_delta(name, a, b, columns) if self.kind == "full" else a @ b
+        return mixed.to(v.dtype).transpose(1, 2).flatten(2)
 
     @staticmethod
     def _columns(block: OracleBlock, chosen: Tensor) -> Tensor:
