@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from tokenpass.dims import Axis, Dims, Kind, axes_of, is_data, same
+from tokenpass.dims import Axis, Dims, Kind, axes_of, is_data, made_of, same
 from tokenpass.facts import Facts, What
 from tokenpass.graph import operands, values_of
 
@@ -33,7 +33,7 @@ def image_axes(facts: Facts) -> frozenset[Axis]:
     effects = [facts.effects[node] for node in upstream]
     guessed = {axis for effect in effects if effect.what is What.OPAQUE for axis in effect.mixed}
     mixed = {axis for effect in effects if effect.what is not What.OPAQUE for axis in effect.mixed}
-    unmixed = _input_axes(facts) - mixed - (guessed - first)
+    unmixed = _input_axes(facts) - made_of(mixed) - (guessed - first)
     if any(facts.effects[n].what in meeting for n in nodes):
         return unmixed
     return unmixed & first

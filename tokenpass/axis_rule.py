@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from typing import Any
 
 import sympy
@@ -91,13 +92,23 @@ def join(candidates: Sequence[Dim]) -> tuple[Dim, frozenset[Axis]]:
 
 
 def _unlike(dim: Dim, best: Dim) -> Dim:
-    """The factors of ``dim`` whose positions are not those of ``best``."""
-    alike = len(dim) == len(best) and all(
-        same(a.size, b.size) for a, b in zip(dim, best, strict=True)
-    )
-    if not alike:
-        return dim
-    return tuple(a for a, b in zip(dim, best, strict=True) if a != b and a.axis.data)
+    """The factors of ``dim`` whose positions are not those of ``best``.
+
+    From either end on, factors of the same sizes count the same positions.
+    """
+    first = _alike(dim, best)
+    rest, other = dim[first:], best[first:]
+    last = _alike(rest[::-1], other[::-1])
+    middle = len(rest) - last
+    pairs = [*zip(dim[:first], best, strict=False)]
+    pairs += zip(rest[middle:], other[len(other) - last :], strict=True)
+    return (*rest[:middle], *(a for a, b in pairs if a != b and a.axis.data))
+
+
+def _alike(dim: Dim, best: Dim) -> int:
+    """How many factors from the first on have the same sizes."""
+    pairs = zip(dim, best, strict=False)
+    return sum(1 for _ in takewhile(lambda pair: same(pair[0].size, pair[1].size), pairs))
 
 
 def broadcast(operand_dims: Sequence[Dims], rank: int) -> tuple[Dims, frozenset[Axis]]:

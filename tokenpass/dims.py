@@ -138,6 +138,18 @@ def axes_of(dims: Iterable[Dim]) -> frozenset[Axis]:
     return frozenset(factor.axis for dim in dims for factor in dim)
 
 
+def made_of(axes: Iterable[Axis]) -> frozenset[Axis]:
+    """``axes``, and all that they are parts of, or put together from."""
+    found: set[Axis] = set()
+    pending = list(axes)
+    while pending:
+        axis = pending.pop()
+        if axis not in found:
+            found.add(axis)
+            pending += axes_of((*axis.parts, axis.source))
+    return frozenset(found)
+
+
 def is_data(dim: Dim) -> bool:
     return any(factor.axis.data for factor in dim)
 

@@ -235,7 +235,8 @@ class Masking(TorchDispatchMode):
         wide = wide * self._weights(shown)[:, None, None]
         wide = wide / wide.sum(-1, keepdim=True)
         if wide.shape[-2] == length:
-            wide = wide * shown[:, None, :, None]
+            # What is gone may have seen nothing but what is gone.
+            wide = wide.masked_fill(shown[:, None, :, None] == 0, 0.0)
             self._note_received(wide, shown)
             if self.merges:
                 rows = torch.arange(length).repeat(images, 1)

@@ -203,6 +203,60 @@ CASES = {
     "a built-in layer that adds in half precision": Case(
         Encoder(blocks=(Block(built_in=True),), double=False, autocast=True), also="eventful"
     ),
+    "an image between built-in blocks, each with a cut": Case(
+        Encoder(layout="image", blocks=(Block(built_in=True),) * 3, shared=True, seed=738),
+        keep=0.25,
+        also="eventful",
+    ),
+    "a batch that stays apart where heads are grouped": Case(
+        Encoder(
+            patch=1,
+            embed="reshape",
+            blocks=(
+                Block(
+                    attention=Attention(heads=4, spelling="baddbmm", key_heads=2),
+                    placement="post",
+                    mlp="expert choice",
+                    residual="addcmul",
+                ),
+            ),
+            head="attention",
+            extra="hidden",
+            batch=3,
+            seed=60,
+        ),
+        keep=0.25,
+        also="eventful",
+    ),
+    "a token that has seen only tokens that leave, and leaves": Case(
+        Encoder(
+            grid=(3, 4),
+            prefix=0,
+            blocks=(
+                Block(attention=Attention(key_heads=2), norms="written out", mlp="gated"),
+                Block(
+                    attention=Attention(
+                        spelling="keys first",
+                        projections="separate",
+                        key_heads=2,
+                        scale="key",
+                        position="relative",
+                        mask="causal",
+                        heads_mixed=True,
+                        window=True,
+                    ),
+                    mlp="none",
+                    residual="reversed",
+                ),
+            ),
+            head="pair",
+            extra="branch",
+            double=False,
+            batch=3,
+            seed=541,
+        ),
+        keep=0.25,
+    ),
     "a stream whose dimensions change places": Case(
         Encoder(layout="channels first", blocks=(Block(), Block(built_in=True)), final_norm=False),
         keep=0.75,
