@@ -158,3 +158,33 @@ def test_attention_maps_are_returned_whole() -> None:
     sums = last.sum(-1)
     assert torch.allclose(sums, left[:, None].expand_as(sums).float(), atol=1e-6)
     assert not last.masked_select(~(left[:, None, :, None] & left[:, None, None])).any()
+
+
+class Scaled(tiny.Mlp):
+    """By the largest channel of each token, as an operation with one or with two results."""
+
+    two_results = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        largest = x.max(-1, keepdim=True).values if self.two_results else x.amax(-1, keepdim=True)
+        return super().forward(x) * largest
+
+
+class ScaledByOneResult(Scaled):
+    two_results = False
+
+
+@torch.no_grad()
+def test_one_of_several_results() -> None:
+    """Breaks if what takes one of several results is asked for the schema of an operator."""
+    found = []
+    for mlp in (Scaled, ScaledByOneResult):
+        torch.manual_seed(0)
+        model = tiny.encoder(mlp=mlp, depth=4)
+        fast = compiled(model)
+        images = tiny.images()
+        assert relative_error(fast(images), model(images)) <= 1e-5
+        assert tokenpass.report(fast).converted
+        tokenpass.set_budget(fast, keep=0.3)
+        found.append(fast(images))
+    assert torch.equal(*found)

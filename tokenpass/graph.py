@@ -75,6 +75,8 @@ def with_arguments(
     node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], changes: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """``args`` and ``kwargs`` of a call of ``node``'s operator with some arguments replaced."""
+    if not changes:  # nor is there a schema where one of several results is taken
+        return args, kwargs
     order = [item.name for item in node.target._schema.arguments]  # type: ignore[union-attr]
     positional = list(args)
     for name, value in changes.items():
