@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tokenpass.dims import Axis, Dims, Factor, canonical, same, size_of
+from tokenpass.dims import Axis, Dims, Factor, axes_of, canonical, same, size_of
 from tokenpass.facts import lined_up
 from tokenpass.views import moved, permuted, reshaped
 
@@ -116,14 +116,17 @@ class RowLayout:
         if not any(factor.axis in tokens for dim in met for factor in dim):
             return x
         whole = ((),) * (len(seen) - len(own)) + met
-        dims = tuple(
-            line if any(factor.axis in tokens for factor in line) else dim
-            for dim, line in zip(whole, seen, strict=True)
-        )
+        images = {digit.axis for digit in self.batch}
+
+        def spread(axes: set[Axis]) -> Dims:
+            """The constant's dimensions, and those of the computation that hold some axes."""
+            pairs = zip(whole, seen, strict=True)
+            return tuple(line if axes_of([line]) & axes else dim for dim, line in pairs)
+
+        shared = not axes_of(spread(tokens)) & images
+        dims = spread(tokens if shared else tokens | images)
         y = reshaped(x, (1,) * (len(seen) - len(own)) + tuple(x.shape))
         y = y.expand([int(size_of(dim)) for dim in dims])
-        images = {digit.axis for digit in self.batch}
-        shared = not any(factor.axis in images for dim in dims for factor in dim)
         table = RowLayout((), self.tokens) if shared else self
         taken = index.remainder(self.count) if shared else index
         return self.some(table.rows(y, dims).index_select(0, taken), dims)

@@ -257,6 +257,21 @@ CASES = {
         ),
         keep=0.25,
     ),
+    "a table of rows that count as images, one for the whole batch": Case(
+        Encoder(
+            patch=1,
+            embed="reshape",
+            blocks=(
+                Block(
+                    attention=Attention(norm="unit", position="computed", window=True),
+                    norms="none",
+                ),
+            ),
+            batch=3,
+        ),
+        keep=0.25,
+        also="eventful",
+    ),
     "a stream whose dimensions change places": Case(
         Encoder(layout="channels first", blocks=(Block(), Block(built_in=True)), final_norm=False),
         keep=0.75,
