@@ -59,12 +59,9 @@ class AttentionParts:
 
     def heads(self, env: Env) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values as ``(B, h, N, d)``; keys and values may have fewer heads."""
-        query, key, value = (self.in_heads(node, env[node]) for node in self.reads)
+        reads = (self.match.query, self.match.key, self.match.value)
+        query, key, value = (self.in_heads(node, env[node]) for node in reads)
         return query, key, value
-
-    @property
-    def reads(self) -> tuple[fx.Node, fx.Node, fx.Node]:
-        return self.match.query, self.match.key, self.match.value
 
     def in_heads(self, node: fx.Node, x: Tensor) -> Tensor:
         """Queries, keys or values, of the model's shape, as ``(B, h, N, d)``."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokenpass.attention_rows import put_, take
+from tokenpass.attention_rows import put_, repeated, take
 from tokenpass.facts import Facts
 from tokenpass.gating import GatedAttention, Gating
 from tokenpass.passes.attention_parts import AttentionParts, Env
@@ -164,10 +164,8 @@ class PublishedAttention:
     def _heads(self, env: Env) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, all with as many heads."""
         query, key, value = self._parts.heads(env)
-        times = query.shape[1] // key.shape[1]
-        if times == 1:
-            return query, key, value
-        return query, key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
+        heads = query.shape[1]
+        return query, repeated(key, heads), repeated(value, heads)
 
     def _slot(self, kind: str) -> Tensor:
         return self._state["attention", self._number, kind]

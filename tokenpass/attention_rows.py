@@ -90,9 +90,13 @@ def finite(lse: Tensor) -> Tensor:
 
 def each_head(x: Tensor, heads: int) -> Tensor:
     """Keys or values in float32, with a head for each of the queries'."""
+    return repeated(x, heads).float()
+
+
+def repeated(x: Tensor, heads: int) -> Tensor:
+    """Keys or values with a head for each of the queries'."""
     groups = x.shape[1]
-    x = x if groups == heads else x.repeat_interleave(heads // groups, 1)
-    return x.float()
+    return x if groups == heads else x.repeat_interleave(heads // groups, 1)
 
 
 # ---------------------------------------------------------------- rows

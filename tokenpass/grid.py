@@ -16,8 +16,10 @@ from tokenpass.dims import (
     Factor,
     Kind,
     Size,
+    axes_of,
     concat_axis,
     is_data,
+    made_of,
     same,
     size_of,
 )
@@ -91,11 +93,7 @@ class Grid:
 
     def touched_by(self, axis: Axis) -> bool:
         """Whether positions along ``axis`` stand for patch tokens, or for parts of the grid."""
-        if any(factor.axis is axis for factor in self.dim):
-            return True
-        return any(
-            self.touched_by(factor.axis) for dim in (*axis.parts, axis.source) for factor in dim
-        )
+        return not made_of([axis]).isdisjoint(axes_of([self.dim]))
 
     def made_by(self, node: fx.Node, dims: Dims) -> bool:
         return any(factor.axis.node is node for factor in self.dim)
