@@ -36,7 +36,12 @@ class Surroundings:
 
 
 def around_any_tokens(
-    facts: Facts, found: Found, constants: frozenset[fx.Node], *, with_norms: bool
+    facts: Facts,
+    found: Found,
+    constants: frozenset[fx.Node],
+    *,
+    with_norms: bool,
+    cut_off: bool = False,
 ) -> Surroundings:
     """Find them.
 
@@ -45,6 +50,7 @@ def around_any_tokens(
         found: What the patterns found.
         constants: Placeholders that are parameters or buffers.
         with_norms: Whether a region begins before its first linear layer.
+        cut_off: Whether an MLP's attention may be in another graph, and an attention's addition.
     """
     images = image_axes(facts)
     channels = channel_axes(facts)
@@ -61,7 +67,15 @@ def around_any_tokens(
     def sum_behind(source: fx.Node) -> Residual | None:
         return residual.sum_behind(facts, tokens, sets, source)
 
-    blocks = block.find_blocks(found.attentions, mlps, residuals, sets, sum_behind, loose=True)
+    blocks = block.find_blocks(
+        found.attentions,
+        mlps,
+        residuals,
+        sets,
+        sum_behind,
+        loose=not cut_off,
+        cut_off=cut_off,
+    )
     return Surroundings(
         regions,
         mlps,

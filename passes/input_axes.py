@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
 from tokenpass.dims import Axis, Dims, Kind, axes_of, is_data, made_of, same
 from tokenpass.facts import Facts, What
 from tokenpass.graph import operands, values_of
+
+aten = torch.ops.aten
+
+
+CONVOLUTIONS = (aten.conv1d, aten.conv2d, aten.conv3d)
 
 
 def image_axes(facts: Facts) -> frozenset[Axis]:
@@ -83,4 +89,25 @@ def varying_nodes(facts: Facts, constants: frozenset[fx.Node]) -> frozenset[fx.N
         is_input = node.op == "placeholder" and node not in constants and values_of(node)
         if is_input or any(source in found for source in operands(node)):
             found.add(node)
+    return frozenset(found)
+
+
+def patch_rows(facts: Facts) -> frozenset[Axis]:
+    """Input axes that count patches: each row of pixels is laid out anew and convolved to a token.
+
+    Encoders of images of any size take such rows, one behind the other.
+    """
+    found: set[Axis] = set()
+    for node in facts.graph.nodes:
+        if getattr(node.target, "overloadpacket", None) not in CONVOLUTIONS:
+            continue
+        rows, _, *window = facts.dims(operands(node)[0])
+        _, _, *positions = facts.dims(node)
+        if len(rows) == 1 and rows[0].axis.kind is Kind.INPUT and not any(positions):
+            axis = rows[0].axis
+            pixels = axes_of(
+                dims[1] for dims in _inputs(facts) if len(dims) == 2 and dims[0] == rows
+            )
+            if same(axis.size, rows[0].size) and axes_of(window) and axes_of(window) <= pixels:
+                found.add(axis)
     return frozenset(found)

@@ -9,10 +9,13 @@ traced value is treated as opaque too.
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import fx
 
+from tokenpass.arrivals import Arrival, begin_with
 from tokenpass.axis_rule import Rule, RuleContext, matches_shape
 from tokenpass.dims import AxisTable, Kind
 from tokenpass.facts import Effect, Facts, What
@@ -36,17 +39,28 @@ AXIS_RULES: dict[object, Rule] = {
 }
 
 
-def label_axes(graph: fx.Graph, constants: frozenset[fx.Node]) -> Facts:
+def label_axes(
+    graph: fx.Graph,
+    constants: frozenset[fx.Node],
+    arrivals: Mapping[fx.Node, Arrival] | None = None,
+) -> Facts:
     """Label every dimension in ``graph``.
 
     Args:
         graph: A canonical ATen graph with ``val`` metadata on its nodes.
         constants: The placeholders that are parameters or buffers.
+        arrivals: What is known of placeholders that another graph handed over.
     """
     facts = Facts(graph)
-    context = RuleContext(facts.effects, AxisTable())
+    table = AxisTable()
+    context = RuleContext(facts.effects, table)
     for node in graph.nodes:
-        facts.effects[node] = _effect(context, node, constants)
+        effect = _effect(context, node, constants)
+        if arrivals and node in arrivals:
+            known = begin_with(arrivals[node], effect.outs[0])
+            table.learn(known)
+            effect = replace(effect, outs=(known,))
+        facts.effects[node] = effect
     return facts
 
 

@@ -42,7 +42,13 @@ def plan_gating(
         always: Gate a region even if its gate costs more than it saves. One of so few tokens that
             how many pass would be a constant of the graph has no gate.
     """
-    around = around_any_tokens(facts, found, constants, with_norms=method.gate_before_norm)
+    around = around_any_tokens(
+        facts,
+        found,
+        constants,
+        with_norms=method.gate_before_norm,
+        cut_off=not found.attentions,
+    )
     regions = [region for region in around.regions if region.layout.count > FEWEST]
     if method.compat:
         regions = [replace(region, fixed=()) for region in regions]

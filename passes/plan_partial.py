@@ -20,7 +20,7 @@ from tokenpass.errors import OptionError
 from tokenpass.facts import Facts, multiply_adds
 from tokenpass.gating import Region
 from tokenpass.graph import ancestors, depends, tensor_of
-from tokenpass.grid import image_part
+from tokenpass.grid import image_part, is_packed
 from tokenpass.methods import HiPrune
 from tokenpass.partial import Cut, PartialPruning
 from tokenpass.passes.any_tokens import Surroundings
@@ -48,8 +48,8 @@ def plan_partial(
         method: What was asked for.
     """
     reason = _not_asked_for(method)
+    attentions = tuple(match.softmax for block in around.blocks for match in block.attentions)
     if reason:
-        attentions = tuple(block.attention.softmax for block in around.blocks)
         return NoMatch(PATTERN, reason, attentions)
     groups: dict[tuple[object, object], list[Region]] = {}
     for region in around.regions:
@@ -66,7 +66,6 @@ def plan_partial(
     plans = [_Planner(context, group, around.blocks).plan() for group in largest_first]
     made = [plan for plan in plans if isinstance(plan, PartialPruning)]
     if made or not plans:
-        attentions = tuple(block.attention.softmax for block in around.blocks)
         return made or NoMatch(PATTERN, reasons.NO_PATCH_WISE, attentions)
     return next(plan for plan in plans if isinstance(plan, NoMatch))
 
@@ -113,15 +112,19 @@ class _Planner:
         self.regions = regions
         self.layout = regions[0].layout
         self.fixed = regions[0].fixed
-        found = [(block, self._cut_of(block)) for block in blocks]
-        self.blocks = [block for block, at in found if at is not None]
-        self.places = [at for _, at in found if at is not None]
+        found = {at: block for block in reversed(blocks) if (at := self._cut_of(block)) is not None}
+        self.blocks = list(reversed(found.values()))  # the first of those that end in one value
+        self.places = list(reversed(found))
 
     def _cut_of(self, block: Block) -> fx.Node | None:
         """Where tokens may leave in a block: at its first addition, if that has these tokens.
 
-        Without any it is what the next region reads of the attention.
+        Without any it is what the next region reads of the attention; without attention it is what
+        the MLP is computed from.
         """
+        if not block.attentions:
+            at = block.residuals[0].root
+            return at if self._carries(at) else None
         if block.residuals:
             at = block.residuals[0].out
             return at if self._carries(at) else None
@@ -153,7 +156,8 @@ class _Planner:
         for layer, keep in schedule_of(self.method, len(self.blocks), patches):
             left = min(left, token_budget(keep, patches))
             at = self.places[layer - 1]
-            cuts.append(Cut(len(cuts) + 1, layer, at, left))
+            apart = not self.blocks[layer - 1].attentions or is_packed(self.layout.tokens)
+            cuts.append(Cut(len(cuts) + 1, layer, at, left, apart))
         stream = [*(cut.at for cut in cuts), *(block.out for block in self.blocks)]
         pinned = [node for node in stream if node in self.context.written]
         if pinned:
@@ -169,7 +173,8 @@ class _Planner:
         """The regions behind a cut, each with the number of the last cut before it."""
         chosen: list[tuple[Region, int]] = []
         for region in self.regions:
-            if not (self.method.merges or self._is_branch(region)):
+            merged = self.method.merges and not any(cut.apart for cut in cuts)
+            if not (merged or self._is_branch(region)):
                 continue
             start = min(self.context.order[node] for node in region.nodes)
             before = [
@@ -199,7 +204,7 @@ class _Planner:
 
 def _grid_shape(layout: RowLayout) -> tuple[int, ...] | str:
     """Patch tokens along each axis, or why they are no grid."""
-    patches = image_part(layout.tokens)
+    patches = layout.tokens if is_packed(layout.tokens) else image_part(layout.tokens)
     if isinstance(patches, str):
         return patches
     if concat_axis(layout.tokens) is None and concat_axis(patches) is not None:

@@ -83,7 +83,7 @@ class _Run(GraphRun):
         if node in self.region_of:
             region, number = self.region_of[node]
             if any(output not in self.env for output in region.outputs):
-                self.ensure(self.plan.cuts[number - 1].at)
+                self._ensure_cut(self.plan.cuts[number - 1])
                 self._on_those_left(region, self.left[number])
             return
         self.env[node] = self.compute(node)
@@ -98,6 +98,11 @@ class _Run(GraphRun):
         return (*self.outputs(output, frozenset()), last, *told)
 
     # ------------------------------------------------------------ a cut
+
+    def _ensure_cut(self, cut: Cut) -> None:
+        self.ensure(cut.at)
+        if cut.number not in self.left:  # at an input, which is there before anything is computed
+            self._cut(cut)
 
     def _cut(self, cut: Cut) -> None:
         """Let tokens leave the stream."""
@@ -118,7 +123,7 @@ class _Run(GraphRun):
         owner = owners(here.detach(), kept)
         sizes = torch.ones_like(owner, dtype=torch.float32) if before is None else before.sizes
         self.left[cut.number] = left = self._those_left(before, kept, owner, sizes, safe, places)
-        if not self.plan.method.merges or here.shape[1] == cut.count:
+        if not self.plan.method.merges or cut.apart or here.shape[1] == cut.count:
             return
         merged = take(merge(here, sizes, owner, left.sizes), left.owner)
         index = places.reshape(1, -1, 1).expand(layout.images, -1, sequence.shape[2])

@@ -38,6 +38,7 @@ def find_blocks(
     sum_behind: Callable[[fx.Node], Residual | None] = lambda source: None,
     *,
     loose: bool = False,
+    cut_off: bool = False,
 ) -> list[Block | NoMatch]:
     """Put attentions and MLPs together into blocks, in execution order.
 
@@ -48,6 +49,7 @@ def find_blocks(
         sets: From :func:`tokenpass.graph.ancestors`.
         sum_behind: Where an attention is added to what it was not computed from.
         loose: Whether an attention that is added to nothing is a block of its own.
+        cut_off: Whether an MLP is one, whose attention may be in another graph.
     """
     at: dict[fx.Node, _Open] = {}
     alone: list[Block] = []
@@ -68,8 +70,8 @@ def find_blocks(
         residual = _addition(residuals, sets, mlp.out, mlp.input)
         if residual is not None:
             at.setdefault(residual.out, _Open()).mlps.append(mlp)
-    blocks = [*_assemble(residuals, at), *alone]
-    return [*sorted(blocks, key=lambda b: sets[b.attention.out].bit_length()), *misses]
+    blocks = [*_assemble(residuals, at, cut_off=cut_off), *alone]
+    return [*sorted(blocks, key=lambda block: sets[block.first].bit_length()), *misses]
 
 
 def _with(
@@ -91,7 +93,9 @@ def _addition(
     return None
 
 
-def _assemble(residuals: Sequence[Residual], at: Mapping[fx.Node, _Open]) -> list[Block]:
+def _assemble(
+    residuals: Sequence[Residual], at: Mapping[fx.Node, _Open], *, cut_off: bool
+) -> list[Block]:
     blocks: list[_Open] = []
     root: fx.Node | None = None
     for residual in residuals:
@@ -102,6 +106,8 @@ def _assemble(residuals: Sequence[Residual], at: Mapping[fx.Node, _Open]) -> lis
         if part.attentions and not beside:
             blocks.append(_Open())
             root = residual.root
+        elif cut_off and not (blocks and blocks[-1].attentions):
+            blocks.append(_Open())
         if not blocks:
             continue
         blocks[-1].attentions += part.attentions

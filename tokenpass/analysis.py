@@ -9,14 +9,16 @@ from typing import Any
 from torch import fx
 
 from tokenpass import torch_internals as internals
+from tokenpass.arrivals import Arrivals, Handover, packed, tokens_in
 from tokenpass.blocks import Found
 from tokenpass.capture import Captured, GraphInputs, capture, dynamo_inputs
 from tokenpass.dims import Size
 from tokenpass.facts import Facts
-from tokenpass.graph import expression
+from tokenpass.graph import expression, is_tensor
 from tokenpass.layout import batch_factors
 from tokenpass.passes.find_blocks import find_blocks
 from tokenpass.passes.functionalise import functionalise
+from tokenpass.passes.input_axes import patch_rows
 from tokenpass.passes.label_axes import label_axes
 from tokenpass.passes.normalise import DECOMPOSITIONS
 from tokenpass.passes.rejoin import rejoin
@@ -43,6 +45,26 @@ class Analysis:
         """A size as an integer of the running compilation."""
         return internals.symbolic_size(self.captured.mode, size)
 
+    def handover(self) -> Handover:
+        """What the graph was understood with, and what it tells of its outputs."""
+        facts, known = self.facts, self.captured.arrived()
+        expected = [
+            tuple(dim if dim in known.get(node, ()) else None for dim in facts.dims(node))
+            if node in known
+            else ()
+            for node in facts.graph.find_nodes(op="placeholder")
+        ]
+        (output,) = facts.graph.find_nodes(op="output")
+        results = output.args[0] if isinstance(output.args[0], (list, tuple)) else output.args
+        patches = {axis: packed(axis) for axis in patch_rows(facts)}
+        told = [
+            tokens_in(facts.dims(node), patches)
+            if isinstance(node, fx.Node) and is_tensor(node)
+            else ()
+            for node in results
+        ]
+        return Handover(expected, told)
+
     @property
     def sizes_open(self) -> bool:
         """Whether the sizes of the grid, which decide the budget, are not known and stay so."""
@@ -68,24 +90,28 @@ class Analysis:
         return internals.size_hint(self.captured.mode, size)
 
 
-def analyse(module: fx.GraphModule, inputs: Inputs, *, rewriting: bool = True) -> Analysis:
+def analyse(
+    module: fx.GraphModule, inputs: Inputs, *, rewriting: bool = True, arrivals: Arrivals = ()
+) -> Analysis:
     """Capture, normalise, label the axes, find the blocks.
 
     A graph that will be rewritten is compiled for the grid at hand (the batch may stay symbolic):
     budgets are shares of its tokens, and symbolic ones would end up in every guard.
     """
-    analysis = _analyse(module, inputs)
+    analysis = _analyse(module, inputs, arrivals)
     if not rewriting or analysis.found.grid is None or not analysis.captured.fixable:
         return analysis
     symbols = analysis.found.grid.count.free_symbols
     if not symbols:
         return analysis
     internals.specialise(analysis.captured.inputs, symbols)
-    return _analyse(module, inputs)
+    return _analyse(module, inputs, arrivals)
 
 
-def _analyse(module: fx.GraphModule, inputs: Inputs) -> Analysis:
-    held = inputs if isinstance(inputs, GraphInputs) else dynamo_inputs(module, inputs)
+def _analyse(module: fx.GraphModule, inputs: Inputs, arrivals: Arrivals) -> Analysis:
+    held = inputs
+    if not isinstance(held, GraphInputs):
+        held = dynamo_inputs(module, held, arrivals)
     captured = capture(module, held, DECOMPOSITIONS)
     functionalise(captured.module.graph, captured.mode)
     return _understood(captured)
@@ -94,7 +120,7 @@ def _analyse(module: fx.GraphModule, inputs: Inputs) -> Analysis:
 def _understood(captured: Captured) -> Analysis:
     captured.module.graph.eliminate_dead_code()
     captured.module.recompile()
-    facts = label_axes(captured.module.graph, captured.constants)
+    facts = label_axes(captured.module.graph, captured.constants, captured.arrived())
     return Analysis(captured, facts, find_blocks(facts))
 
 
@@ -119,4 +145,4 @@ def for_these_sizes(analysis: Analysis, module: fx.GraphModule, inputs: Inputs) 
     if not analysis.captured.fixable:
         return None
     internals.specialise(analysis.captured.inputs, symbols)
-    return _analyse(module, inputs)
+    return _analyse(module, inputs, analysis.captured.arrivals)

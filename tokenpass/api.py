@@ -42,7 +42,8 @@ class Stats:
         operations: Multiply-adds of the frame in the categories of the published Eventful
             Transformers: ``"linear"``, ``"matmul"``, ``"gate"``, ``"accumulator"``.
         state_bytes: Memory that is kept between calls, of all streams.
-        computed_in_full: Why the last frame was computed in full; empty if it was not.
+        computed_in_full: Why the graphs with gates computed the last frame in full; empty if they
+            did not.
     """
 
     blocks: Sequence[BlockStats]
@@ -142,6 +143,7 @@ def stats(compiled: Any) -> Any:
     reports = [session.report for session in sessions if session.report is not None]
     frames = [s.last.frame for s in sessions if isinstance(s, StreamSession) and s.last is not None]
     ran = [frame for frame in frames if frame is not None]
+    with_gates = [frame for frame in ran if frame.update_rates] or ran
     before = sum(item.flops_before for item in reports)
     return Stats(
         blocks=[BlockStats(row.tokens_in, row.tokens_out) for r in reports for row in r.blocks],
@@ -151,7 +153,7 @@ def stats(compiled: Any) -> Any:
         selected=[mask for frame in ran for mask in frame.selected],
         operations=_added(frame.operations for frame in ran),
         state_bytes=sum(s.state_bytes for s in sessions if isinstance(s, StreamSession)),
-        computed_in_full="; ".join(dict.fromkeys(frame.why for frame in ran if frame.why)),
+        computed_in_full="; ".join(dict.fromkeys(frame.why for frame in with_gates if frame.why)),
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx
 
 from tokenpass import compiler_torch_internals as compiler_internals
+from tokenpass.arrivals import arrival_of
 from tokenpass.errors import OptionError
 from tokenpass.methods import Eventful, Method
 from tokenpass.options import Inner, Options, Settings, in_turn, parse_options
@@ -91,9 +92,11 @@ def _compile(
     module: fx.GraphModule, settings: Settings, inputs: Sequence[Any]
 ) -> Callable[..., Any]:
     frame, owner = compiler_internals.frame_number(), compiler_internals.compiling_backend()
-    kind = GatedGraph if isinstance(settings.method, Eventful) else CompiledGraph
 
     def compiling(plain: fx.GraphModule, values: Sequence[Any]) -> CompiledGraph | GatedGraph:
-        return kind(plain, settings, values, owner, frame)
+        if isinstance(settings.method, Eventful):
+            return GatedGraph(plain, settings, values, owner, frame)
+        arrivals = [arrival_of(value) for value in compiler_internals.real_inputs(plain)]
+        return CompiledGraph(plain, settings, values, owner, frame, arrivals)
 
     return compile_unwrapped(compiling, module, inputs)

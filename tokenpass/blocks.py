@@ -156,7 +156,8 @@ class Block:
     """Attention and MLP around the residual stream.
 
     Attributes:
-        attentions: Usually one; several in a block with parallel attention.
+        attentions: Usually one; several in a block with parallel attention; none where a graph
+            break has cut it off.
         mlps: Usually one.
         residuals: The additions to the stream, in order; none where there is no stream.
     """
@@ -172,6 +173,15 @@ class Block:
     @property
     def mlp(self) -> Mlp | None:
         return self.mlps[0] if self.mlps else None
+
+    @property
+    def first(self) -> fx.Node:
+        """The result of the first attention; of the first MLP, if there is no attention."""
+        return (self.attentions or self.mlps)[0].out
+
+    @property
+    def place(self) -> str:
+        return (self.attentions or self.mlps)[0].place
 
     @property
     def out(self) -> fx.Node:

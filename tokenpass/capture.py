@@ -21,6 +21,7 @@ from torch._subclasses import FakeTensorMode
 from tokenpass import compiler_torch_internals as compiler_internals
 from tokenpass import export_torch_internals as export_internals
 from tokenpass import torch_internals as internals
+from tokenpass.arrivals import Arrival, Arrivals
 from tokenpass.errors import NotUnderstoodError
 from tokenpass.flex import without_flex_attention
 
@@ -45,6 +46,7 @@ class Captured:
         inputs: Fakes of the graph's inputs.
         mode: The fake mode that they live in.
         fixable: Whether sizes that are symbolic may be fixed to those at hand.
+        arrivals: What is known of each input that another graph handed over.
     """
 
     module: fx.GraphModule
@@ -52,6 +54,13 @@ class Captured:
     inputs: tuple[Any, ...]
     mode: FakeTensorMode
     fixable: bool
+    arrivals: Arrivals = ()
+
+    def arrived(self) -> dict[fx.Node, Arrival]:
+        """The placeholders of which something is known."""
+        placeholders = self.module.graph.find_nodes(op="placeholder")
+        pairs = zip(placeholders, self.arrivals, strict=False)
+        return {node: arrival for node, arrival in pairs if arrival}
 
 
 @dataclass(frozen=True)
@@ -63,15 +72,19 @@ class GraphInputs:
         constants: Which of them are parameters or buffers of the model.
         mode: A fake mode.
         fixable: Whether sizes that are symbolic may be fixed to those at hand.
+        arrivals: What is known of each one that another graph handed over.
     """
 
     fakes: tuple[Any, ...]
     constants: frozenset[int]
     mode: FakeTensorMode
     fixable: bool
+    arrivals: Arrivals = ()
 
 
-def dynamo_inputs(module: fx.GraphModule, values: Sequence[Any]) -> GraphInputs:
+def dynamo_inputs(
+    module: fx.GraphModule, values: Sequence[Any], arrivals: Arrivals = ()
+) -> GraphInputs:
     """The inputs of Dynamo's graph, from its example inputs."""
     mode = internals.current_fake_mode()
     placeholders = module.graph.find_nodes(op="placeholder")
@@ -81,6 +94,7 @@ def dynamo_inputs(module: fx.GraphModule, values: Sequence[Any]) -> GraphInputs:
         frozenset(i for i, (node, value) in pairs if internals.is_model_state(node, value)),
         mode,
         fixable=True,
+        arrivals=arrivals,
     )
 
 
@@ -137,7 +151,9 @@ def recapture(captured: Captured, run: Callable[..., Any]) -> Captured:
     """The canonical graph of ``run``, which takes what ``captured`` takes."""
     placeholders = captured.module.graph.find_nodes(op="placeholder")
     constants = frozenset(i for i, node in enumerate(placeholders) if node in captured.constants)
-    inputs = GraphInputs(captured.inputs, constants, captured.mode, captured.fixable)
+    inputs = GraphInputs(
+        captured.inputs, constants, captured.mode, captured.fixable, captured.arrivals
+    )
     return _captured(run, inputs)
 
 
@@ -151,7 +167,7 @@ def _captured(
     constants = frozenset(placeholders[number] for number in inputs.constants)
     _mark_regions(traced.graph)
     traced.recompile()
-    return Captured(traced, constants, inputs.fakes, inputs.mode, inputs.fixable)
+    return Captured(traced, constants, inputs.fakes, inputs.mode, inputs.fixable, inputs.arrivals)
 
 
 def _refuse_nested(graph: fx.Graph) -> None:

@@ -77,6 +77,18 @@ def frame_number() -> int | None:
     return compilation.frame_id if compilation else None
 
 
+def real_inputs(module: fx.GraphModule) -> list[Any]:
+    """What the inputs of Dynamo's graph are in the call that it is being compiled for.
+
+    ``None`` where that is not known.
+    """
+    found: list[Any] = []
+    for node in module.graph.find_nodes(op="placeholder"):
+        given = node.meta.get("grapharg")
+        found.append(None if given is None or not given.is_tensor else given.example)
+    return found
+
+
 def compilation_id() -> Compilation | None:
     """The compilation of Dynamo that is running."""
     return CompileContext.current_compile_id()

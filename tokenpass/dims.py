@@ -30,6 +30,7 @@ class Kind(Enum):
     INPUT = "dimension of an input"
     CONSTANT = "dimension of a parameter or of a computed constant"
     SPATIAL = "positions of a convolution, a pooling or a resize"
+    PACKED = "patches of several images, one behind the other"
     CONCAT = "concatenation"
     SLICE = "slice"
     ROLL = "roll"
@@ -242,6 +243,20 @@ class AxisTable:
 
     def __init__(self) -> None:
         self._made: dict[tuple[object, ...], Axis] = {}
+
+    def learn(self, dims: Iterable[Dim]) -> None:
+        """Take over how axes that come from elsewhere were made."""
+        for axis in made_of(axes_of(dims)):
+            if axis.kind is Kind.CONCAT:
+                self._made.setdefault(("concat", *axis.parts), axis)
+                for part in axis.parts:
+                    if not is_data(part) and part:
+                        self._made.setdefault(("constant", size_of(part)), part[0].axis)
+            elif axis.kind is Kind.SLICE:
+                stop = axis.offset + axis.size
+                self._made.setdefault(("slice", axis.source, axis.offset, stop), axis)
+            elif axis.kind is Kind.ROLL:
+                self._made.setdefault(("roll", axis.source, axis.offset), axis)
 
     def concat(self, parts: Sequence[Dim], node: fx.Node | None) -> Dim:
         """``parts`` laid end to end; adjoining slices of one dimension become one again.

@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 
 from tokenpass import compiler_torch_internals as compiler_internals
 from tokenpass import torch_internals as internals
+from tokenpass.arrivals import Handover, arrival_of
 from tokenpass.budgets import for_flops
 from tokenpass.calibration import Calibration, calibrated
 from tokenpass.errors import OptionError, TokenpassError, described
@@ -64,12 +65,16 @@ def explain(
     def planning(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         devices.extend(value.device for value in inputs if isinstance(value, Tensor))
         with compiler_internals.showing_the_user(OptionError):
-            graph = _planned(module, inputs, settings)
+            graph, handover = _planned(module, inputs, settings)
         graphs.append(graph)
 
         def running(*values: Any) -> Any:
             ran.append(graph)
-            return module.forward(*values)
+            axes = handover.axes(values)
+            outputs = module.forward(*values)
+            if axes is not None:
+                handover.tell(axes, outputs)
+            return outputs
 
         return running
 
@@ -144,13 +149,19 @@ def _settings(method: Method | Sequence[Method] | None) -> Settings:
     return Settings(last, pruning=pruning)
 
 
-def _planned(module: fx.GraphModule, inputs: Sequence[Any], settings: Settings) -> GraphReport:
+def _planned(
+    module: fx.GraphModule, inputs: Sequence[Any], settings: Settings
+) -> tuple[GraphReport, Handover]:
     method, pruning = settings.method, settings.pruning
+    arrivals = [arrival_of(value) for value in compiler_internals.real_inputs(module)]
     if isinstance(method, Eventful) and pruning is not None:
-        return prune_and_gate(module, inputs, pruning, method, always=False).gated.report
+        gated = prune_and_gate(module, inputs, pruning, method, always=False).gated
+        return gated.report, Handover()
     if isinstance(method, Eventful):
-        return gate_graph(module, inputs, method, always=False, dry=True).report
-    return rewrite(module, inputs, method, always=False, dry=True).report
+        gates = gate_graph(module, inputs, method, always=False, dry=True, arrivals=arrivals)
+        return gates.report, gates.handover
+    made = rewrite(module, inputs, method, always=False, dry=True, arrivals=arrivals)
+    return made.report, made.handover
 
 
 def _call(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -10,6 +10,7 @@ from torch import fx
 
 from tokenpass import compiler_torch_internals as compiler_internals
 from tokenpass.analysis import Analysis, Inputs, analyse, with_tokens_together
+from tokenpass.arrivals import Arrivals, Handover
 from tokenpass.blocks import NoMatch
 from tokenpass.errors import NotUnderstoodError, OptionError
 from tokenpass.gating import Gating, gateable, passing, passing_counts
@@ -35,6 +36,7 @@ class Gated:
         slots: The tensors of a stream's state.
         operations: Multiply-adds of a frame, from the rows that each gate let through.
         flops_full: Floating-point operations of a frame in full; ``None`` for the report's.
+        handover: What the graph takes from other graphs, and tells them.
     """
 
     report: GraphReport
@@ -44,6 +46,7 @@ class Gated:
     slots: Sequence[Slot] = ()
     operations: Operations = field(default_factory=Operations)
     flops_full: int | None = None
+    handover: Handover = field(default_factory=Handover)
 
 
 def plan_gates(analysis: Analysis, method: Eventful, *, always: bool) -> Gated:
@@ -103,6 +106,7 @@ def gate_graph(
     *,
     always: bool,
     dry: bool = False,
+    arrivals: Arrivals = (),
 ) -> Gated:
     """Analyse, plan, rewrite and check.
 
@@ -114,14 +118,16 @@ def gate_graph(
         method: What was asked for.
         always: Gate a region even if its gate costs more than it saves.
         dry: Only plan.
+        arrivals: What is known of the inputs that other graphs handed over.
 
     Raises:
         OptionError: If the method does not fit the model.
     """
     planned = Gated(GraphReport())
     try:
-        analysis = with_tokens_together(analyse(module, inputs))
+        analysis = with_tokens_together(analyse(module, inputs, arrivals=arrivals))
         planned = plan_gates(analysis, method, always=always)
+        planned = replace(planned, handover=analysis.handover())
         if planned.plan is None or dry:
             return planned
         captured, facts, plan = analysis.captured, analysis.facts, planned.plan
@@ -132,6 +138,8 @@ def gate_graph(
         if isinstance(error, OptionError) or compiler_internals.steers_compilation(error):
             raise
         if isinstance(error, NotUnderstoodError):
-            return Gated(refused(planned.report, Refusal(str(error))))
-        return Gated(failed(planned.report, error))
+            report = refused(planned.report, Refusal(str(error)))
+        else:
+            report = failed(planned.report, error)
+        return Gated(report, handover=planned.handover)
     return replace(planned, full=full, incremental=incremental, slots=slots)

@@ -182,6 +182,11 @@ def image_part(dim: Dim) -> Dim | str:
     return _why_not_spatial(max(axis.parts, key=lambda part: (is_data(part), len(part))))
 
 
+def is_packed(dim: Dim) -> bool:
+    """Whether a dimension holds patches of several images, or some neighbours among them."""
+    return bool(dim) and all(factor.axis.kind is Kind.PACKED for factor in dim)
+
+
 def _why_not_spatial(dim: Dim) -> str:
     """Empty if the positions of ``dim`` are positions of an image."""
     if not dim or not is_data(dim):
@@ -189,6 +194,8 @@ def _why_not_spatial(dim: Dim) -> str:
     for factor in dim:
         if factor.axis.kind is Kind.SPATIAL:
             continue
+        if factor.axis.kind is Kind.PACKED:
+            return reasons.PACKED
         node = factor.axis.node.name if factor.axis.node else "the input"
         if factor.axis.kind is Kind.OPAQUE:
             return reasons.not_understood(node)

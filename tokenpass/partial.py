@@ -27,12 +27,16 @@ class Cut:
         block: The block in which tokens leave, counted from 1.
         at: The stream at the cut: the first addition of the block.
         count: Patch tokens of an image that stay.
+        apart: Whether the others keep their own values in the stream: where a graph break has cut
+            off the attention, and one graph may serve all blocks, what is merged once would be
+            merged before every block; where images are packed, into a token of another image.
     """
 
     number: int
     block: int
     at: fx.Node
     count: int
+    apart: bool = False
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import fx
 
 from tokenpass import compiler_torch_internals as compiler_internals
 from tokenpass.analysis import Analysis, Inputs, analyse, for_these_sizes
+from tokenpass.arrivals import Arrivals, Handover
 from tokenpass.blocks import Block, NoMatch
 from tokenpass.errors import NotUnderstoodError, OptionError, TokenpassWarning, described
 from tokenpass.graph import expression
@@ -41,12 +42,14 @@ class Rewrite:
         plan: The cuts, if there are any.
         report: For the user.
         batch: Where the number of images can be read: pairs of input and dimension.
+        handover: What the graph takes from other graphs, and tells them.
     """
 
     module: fx.GraphModule | None
     plan: Pruning | PartialPruning | None
     report: GraphReport
     batch: tuple[tuple[int, int], ...] = ()
+    handover: Handover = field(default_factory=Handover)
 
 
 def plan(analysis: Analysis, method: HiPrune, *, always: bool) -> Rewrite:
@@ -126,7 +129,10 @@ def plan_partly(analysis: Analysis, method: HiPrune, *, always: bool) -> Rewrite
     """As :func:`plan`, where tokens leave the token-wise parts only; all sizes are numbers."""
     facts, found = analysis.facts, analysis.found
     report = base_report(analysis)
-    around = around_any_tokens(facts, found, analysis.captured.constants, with_norms=False)
+    captured = analysis.captured
+    around = around_any_tokens(
+        facts, found, captured.constants, with_norms=False, cut_off=bool(captured.arrived())
+    )
     report = replace(report, mlps=around.mlps)
     plans = plan_partial(facts, around, method)
     if isinstance(plans, NoMatch):
@@ -228,6 +234,7 @@ def rewrite(
     dry: bool = False,
     record: bool = False,
     steady: bool = False,
+    arrivals: Arrivals = (),
 ) -> Rewrite:
     """Analyse, plan, rewrite and check.
 
@@ -242,16 +249,18 @@ def rewrite(
         dry: Only plan.
         record: Whether the graph also returns what each cut did.
         steady: Whether gates follow, in front of which tokens keep their places.
+        arrivals: What is known of the inputs that other graphs handed over.
 
     Raises:
         OptionError: If the method does not fit the model.
     """
     planned = Rewrite(None, None, GraphReport())
     try:
-        analysis = analyse(module, inputs, rewriting=rewriting)
+        analysis = analyse(module, inputs, rewriting=rewriting, arrivals=arrivals)
         planned = replace(plan(analysis, method, always=always), batch=analysis.batch_inputs())
         if always or not method.full:
             analysis, planned = _with_partial(analysis, planned, method, module, inputs, always)
+        planned = replace(planned, handover=analysis.handover())
         if dry:
             return replace(planned, report=_with_loads(analysis, planned))
         if planned.plan is None:
@@ -323,8 +332,10 @@ def undone(planned: Rewrite, error: Exception) -> Rewrite:
     A graph that cannot be understood is a refusal alone.
     """
     if isinstance(error, NotUnderstoodError):
-        return Rewrite(None, None, refused(planned.report, Refusal(str(error))), planned.batch)
-    return Rewrite(None, None, failed(planned.report, error), planned.batch)
+        report = refused(planned.report, Refusal(str(error)))
+    else:
+        report = failed(planned.report, error)
+    return Rewrite(None, None, report, planned.batch, planned.handover)
 
 
 def failed(report: GraphReport, error: Exception) -> GraphReport:

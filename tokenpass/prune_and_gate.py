@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import fx
 
+from tokenpass.arrivals import Arrivals
 from tokenpass.gated import Gated, gate_graph
 from tokenpass.methods import Eventful, HiPrune
 from tokenpass.pipeline import rewrite
@@ -36,6 +37,7 @@ def prune_and_gate(
     method: Eventful,
     *,
     always: bool,
+    arrivals: Arrivals = (),
 ) -> Both:
     """Prune a graph if that is asked for, then gate what comes of it.
 
@@ -45,9 +47,12 @@ def prune_and_gate(
         pruning: Which tokens leave; ``None`` if none do.
         method: The gates.
         always: Prune and gate even where it costs more than it saves.
+        arrivals: What is known of the inputs that other graphs handed over; what is pruned must
+            not depend on it.
     """
     if pruning is None:
-        return Both(gate_graph(module, inputs, method, always=always), module, False)
+        gated = gate_graph(module, inputs, method, always=always, arrivals=arrivals)
+        return Both(gated, module, False)
     pruned = rewrite(module, inputs, pruning, always=always, steady=True)
     left = module if pruned.module is None else pruned.module
     gated = gate_graph(left, inputs, method, always=always)

@@ -54,6 +54,10 @@ def several_grids(count: int) -> Reason:
     )
 
 
+PACKED = Reason(
+    "patches of several images lie end to end in one token axis",
+    "encode the images one after another, or side by side in the batch",
+)
 NO_TOKENS = Reason("no token comes from the input")
 OTHER_GRID = Reason(
     "attention over another grid than most of the graph's attentions",

@@ -67,11 +67,12 @@ class BlockReport:
             tokens += f" -> {self.tokens_out}"
         if self.updated is not None:
             tokens += f", {self.updated} updated"
-        attention = "fused" if self.block.attention.fused else "written out"
+        attentions = self.block.attentions
+        attention = "none" if not attentions else "fused" if attentions[0].fused else "written out"
         mlp = self.block.mlp
         linears = "none" if mlp is None else f"{len(mlp.linears)} linears"
         gated = ", gated" if mlp is not None and mlp.gated else ""
-        return tokens, attention, linears + gated, short_place(self.block.attention.place)
+        return tokens, attention, linears + gated, short_place(self.block.place)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from tokenpass import compiler_torch_internals as compiler_internals
 from tokenpass import torch_internals as internals
+from tokenpass.arrivals import Arrivals, Handover
 from tokenpass.budgets import LEAST, for_flops, for_milliseconds
 from tokenpass.cuts import from_outputs
 from tokenpass.errors import TokenpassWarning
@@ -42,6 +43,7 @@ class Variant:
         run: The compiled graph.
         report: What was done to it.
         prunes: Whether it returns kept positions after its outputs.
+        handover: What it expects of its inputs, and what its outputs are.
         records: How many tensors it returns after these, which tell what each cut did.
         batch: Where the number of images can be read: pairs of input and dimension.
     """
@@ -50,6 +52,7 @@ class Variant:
     report: GraphReport
     prunes: bool
     batch: tuple[tuple[int, int], ...]
+    handover: Handover
     records: int = 0
 
     def __call__(self, inputs: Sequence[Any]) -> tuple[Any, Tensor | None, Sequence[Tensor]]:
@@ -76,6 +79,7 @@ class CompiledGraph(Graph[Session]):
         inputs: Example inputs.
         backend: The backend object of the ``torch.compile`` call.
         frame: The number of the frame that the graph was made of, if Dynamo made it.
+        arrivals: What is known of the inputs that other graphs handed over.
     """
 
     def __init__(
@@ -85,12 +89,14 @@ class CompiledGraph(Graph[Session]):
         inputs: Sequence[Any],
         backend: object | None = None,
         frame: int | None = None,
+        arrivals: Arrivals = (),
     ) -> None:
         assert isinstance(settings.method, HiPrune)
         super().__init__(module, settings, inputs, Session, backend, frame)
         self._method = settings.method
         self._dynamic = any(isinstance(x, torch.SymInt) for x in inputs)
         self._variants: dict[Any, Variant] = {}
+        self._arrivals = arrivals
         self._target_ms = settings.target_ms
         if settings.target_flops is not None:
             mode = internals.current_fake_mode()
@@ -110,7 +116,7 @@ class CompiledGraph(Graph[Session]):
     def _first(self, inputs: Sequence[Any]) -> None:
         """Compile for the budget that was asked for."""
         rewriting = self._settings.always_rewrite or not self._method.full
-        first = self._compile(self._method, inputs, rewriting=rewriting)
+        first = self._compile(self._method, inputs, rewriting=rewriting, arrivals=self._arrivals)
         if not first.report.converted and not self._method.full:
             warn_of_nothing(first.report)
         self._variants[None] = first
@@ -121,7 +127,11 @@ class CompiledGraph(Graph[Session]):
                 self._calibrate(inputs)
         session = self._sessions.of(inputs)
         variant = self._variant(session.keep, inputs)
+        axes = variant.handover.axes(inputs)
+        if axes is None:
+            variant, axes = self._variant(session.keep, inputs, known=False), {}
         outputs, session.kept, told = variant(inputs)
+        variant.handover.tell(axes, outputs)
         session.cuts = from_outputs(told, self._method.merges)
         session.report = variant.report
         session.mark()
@@ -137,7 +147,9 @@ class CompiledGraph(Graph[Session]):
         def at(keep: float) -> Variant:
             if keep not in tried:
                 method = self._method.with_budget(keep)
-                tried[keep] = self._compile(method, inputs, rewriting=keep < 1.0)
+                tried[keep] = self._compile(
+                    method, inputs, rewriting=keep < 1.0, arrivals=self._arrivals
+                )
             return tried[keep]
 
         def measure(keep: float) -> float:
@@ -152,39 +164,55 @@ class CompiledGraph(Graph[Session]):
             self._first(inputs)
         self._target_ms = None
 
-    def _variant(self, keep: Budget | None, inputs: Sequence[Any]) -> Variant:
+    def _variant(
+        self, keep: Budget | None, inputs: Sequence[Any], *, known: bool = True
+    ) -> Variant:
+        """The graph for a budget; with nothing ``known`` of inputs from other graphs if asked."""
         if _same_budget(keep, self._method.keep) and not self._method.full:
             keep = None
         key: Any = None if keep is None else (type(keep), keep)
         if keep is not None and self._dynamic:
             key = (*key, *_shapes(inputs))
+        if not known:
+            key = ("unknown", key)
         if key not in self._variants:
             with self._lock:
                 if key not in self._variants:
-                    assert keep is not None
-                    method = self._method.with_budget(keep)
-                    self._variants[key] = self._compile(method, inputs, rewriting=True)
+                    budget = self._method.keep if keep is None else keep
+                    method = self._method.with_budget(budget)
+                    arrivals = self._arrivals if known else ()
+                    self._variants[key] = self._compile(
+                        method, inputs, rewriting=True, arrivals=arrivals
+                    )
         return self._variants[key]
 
-    def _compile(self, method: HiPrune, inputs: Sequence[Any], *, rewriting: bool) -> Variant:
+    def _compile(
+        self, method: HiPrune, inputs: Sequence[Any], *, rewriting: bool, arrivals: Arrivals
+    ) -> Variant:
         always = self._settings.always_rewrite
         record = self._settings.record_cuts
         result = rewrite(
-            self._module, inputs, method, always=always, rewriting=rewriting, record=record
+            self._module,
+            inputs,
+            method,
+            always=always,
+            rewriting=rewriting,
+            record=record,
+            arrivals=arrivals,
         )
         if result.module is not None and result.plan is not None:
             self._log(result)
             records = (1 + method.merges) * result.plan.cut_count if record else 0
             try:
                 run = self._inner(result.module, inputs)
-                return Variant(run, result.report, True, (), records)
+                return Variant(run, result.report, True, (), result.handover, records)
             except Exception as error:
                 if compiler_internals.steers_compilation(error):
                     raise
                 result = undone(result, error)
         self._log(result)
         run = self._inner(self._module, inputs)
-        return Variant(run, result.report, False, result.batch)
+        return Variant(run, result.report, False, result.batch, result.handover)
 
     def _log(self, result: Rewrite) -> None:
         after = {"after": result.module} if result.module is not None else {}

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from tokenpass import compiler_torch_internals as compiler_internals
 from tokenpass import torch_internals as internals
+from tokenpass.arrivals import Handover, arrival_of
 from tokenpass.budgets import for_flops
 from tokenpass.errors import TokenpassError, TokenpassWarning
 from tokenpass.gated import Gated
@@ -107,7 +108,10 @@ class GatedGraph(Graph[StreamSession]):
         frames = [x for i, x in enumerate(inputs) if i not in self._constants]
         stream = self._stream(session)
         with stream.lock:
-            outputs = self._run(session, stream, inputs, frames)
+            outputs, handover = self._run(session, stream, inputs, frames)
+        axes = handover.axes(inputs)
+        if axes is not None:
+            handover.tell(axes, outputs)
         session.last = stream
         session.mark()
         return outputs
@@ -135,7 +139,7 @@ class GatedGraph(Graph[StreamSession]):
 
     def _run(
         self, session: StreamSession, stream: Stream, inputs: Sequence[Any], frames: Sequence[Any]
-    ) -> Any:
+    ) -> tuple[Any, Handover]:
         signature = tuple(_kind(x) for x in frames)
         compiled = self._variant(signature, inputs)
         session.report = compiled.gated.report
@@ -167,13 +171,14 @@ class GatedGraph(Graph[StreamSession]):
         return self._kept(session, compiled, outputs)
 
     @staticmethod
-    def _kept(session: StreamSession, compiled: Compiled, outputs: Any) -> Any:
-        """The original's outputs; what else a pruned graph returns is remembered."""
+    def _kept(session: StreamSession, compiled: Compiled, outputs: Any) -> tuple[Any, Handover]:
+        """The original's outputs, and what they are; what else a pruned graph returns is
+        remembered."""
         if not compiled.prunes:
-            return outputs
+            return outputs, compiled.gated.handover
         *rest, positions = outputs
         session.kept = positions.sort(dim=1).values
-        return tuple(rest)
+        return tuple(rest), Handover()
 
     def _begin(self, stream: Stream, signature: Signature, compiled: Compiled) -> None:
         if stream.signature:
@@ -238,7 +243,10 @@ class GatedGraph(Graph[StreamSession]):
                 assert isinstance(solved, Eventful)
                 self._method = solved
             pruning = self._settings.pruning
-            both = prune_and_gate(self._module, inputs, pruning, self._method, always=always)
+            arrivals = [arrival_of(value) for value in inputs]
+            both = prune_and_gate(
+                self._module, inputs, pruning, self._method, always=always, arrivals=arrivals
+            )
             gated = both.gated
             if gated.full is not None and gated.incremental is not None:
                 self._log(gated)
@@ -247,7 +255,7 @@ class GatedGraph(Graph[StreamSession]):
                 except Exception as error:
                     if compiler_internals.steers_compilation(error):
                         raise
-                    gated = Gated(failed(gated.report, error))
+                    gated = Gated(failed(gated.report, error), handover=gated.handover)
                     both = Both(gated, self._module, False)
             if not both.prunes:
                 warn_of_nothing(gated.report)

@@ -204,6 +204,8 @@ class Model(nn.Module):
         spec = self.spec
         patches = self.embed(images)
         x = stream_of(self._with_others(patches), spec)
+        if spec.breaks:
+            torch._dynamo.graph_break()
         hidden: list[Tensor] = []
         attended = patches
         for block in self.blocks:

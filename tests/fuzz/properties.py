@@ -131,9 +131,10 @@ def _merging(case: Case, model: Model, images: Tensor) -> None:
 def _require_consistent(case: Case, fast: Any, keep: Budget) -> None:
     """The report and the statistics say what ran."""
     report, stats = tokenpass.report(fast), tokenpass.stats(fast)
-    whole, patches = case.encoder.patches, report.graphs[0].tokens
+    whole, patches = case.encoder.patches, report.graphs[-1].tokens
     rows = [row for graph in report.graphs for row in graph.blocks]
-    require(len(report.graphs) == 1, "one graph", len(report.graphs))
+    graphs = 1 + case.encoder.breaks
+    require(len(report.graphs) == graphs, "graphs of the model", len(report.graphs))
     require(len(stats.blocks) == len(rows), "blocks of report and statistics")
     require(len(report.blocks) <= len(case.encoder.blocks), "no more blocks than there are")
     if not rows:
@@ -220,7 +221,7 @@ def _compared(
     case: Case, model: Model, images: Tensor, reduced: list[Tensor], fast: Any, *, merges: bool
 ) -> bool:
     """Hold a reduced budget against the masking executor; whether that could be done."""
-    spec, graph = case.encoder, tokenpass.report(fast).graphs[0]
+    spec, graph = case.encoder, tokenpass.report(fast).graphs[-1]
     blocks = graph.blocks
     if graph.tokens != spec.patches or len(blocks) < len(spec.blocks) or spec.rounds:
         return False  # under autocast rankings depend on rounding

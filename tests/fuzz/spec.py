@@ -117,6 +117,7 @@ class Encoder:
         dead: Whether something is computed that nobody reads.
         double: Whether everything is in float64.
         autocast: Whether it runs under autocast to bfloat16, if it ``rounds`` then.
+        broken: Whether the blocks are in another graph than the embedding, if it ``breaks`` then.
         batch: Images.
         seed: Of the weights and the images.
     """
@@ -140,6 +141,7 @@ class Encoder:
     dead: bool = choice(False, True, plain=4)
     double: bool = choice(True, False)
     autocast: bool = choice(False, True, plain=6)
+    broken: bool = choice(False, True, plain=8)
     batch: int = choice(2, 1, 3)
     seed: int = 0
 
@@ -148,6 +150,11 @@ class Encoder:
         """Whether products are rounded to bfloat16; which expert is chosen depends on that."""
         chooses = any(block.mlp in ("experts", "expert choice") for block in self.blocks)
         return self.autocast and not self.double and not chooses
+
+    @property
+    def breaks(self) -> bool:
+        """Whether Dynamo makes two graphs; inside of a region of autocast it makes none."""
+        return self.broken and not self.rounds
 
     @property
     def imagelike(self) -> bool:

@@ -31,6 +31,7 @@ LAYERS = [
     },
     {"torch_internals", "compiler_torch_internals", "export_torch_internals"},
     {"wrapped_inputs"},
+    {"arrivals"},
     {"config", "cuts", "flex", "graph", "grid", "merging", "methods", "timing", "views"},
     {"attention_rows", "native", "running_softmax"},
     {"axis_rule", "blocks", "capture", "facts", "gates", "layout", "options"},

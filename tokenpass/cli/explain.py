@@ -113,7 +113,7 @@ def as_data(report: Report) -> dict[str, Any]:
                 "tokens_in": row.tokens_in,
                 "tokens_out": row.tokens_out,
                 "updated": row.updated,
-                "from": short_place(row.block.attention.place),
+                "from": short_place(row.block.place),
             }
             for row in rows
         ],

@@ -1,0 +1,396 @@
+"""Models that Dynamo makes several graphs of: what one graph knows of another one's tokens.
+
+Breaks if tokens are followed to where they are not, if a graph runs on tensors that it was not made
+for, or if the class token of another graph is taken for a patch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import tokenpass
+from tests.tiny import TOKENS, WIDTH, Attention, Block, Encoder, encoder, images
+from tokenpass import Eventful, HiPrune
+
+PREFIX = 3
+
+pytestmark = pytest.mark.filterwarnings("ignore:tokenpass. nothing to convert")
+"""In the graph that only embeds patches, say."""
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        yield
+
+
+class Broken(Encoder):
+    """Two blocks behind the patch embedding, and two more; graph breaks before, between or both."""
+
+    breaks: tuple[int, ...] = ()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.prefix.expand(x.shape[0], -1, -1), x], 1) + self.table
+        if 0 in self.breaks:
+            torch._dynamo.graph_break()
+        x = self.blocks[1](self.blocks[0](x))
+        if 2 in self.breaks:
+            torch._dynamo.graph_break()
+        out: Tensor = self.blocks[3](self.blocks[2](x))
+        return out
+
+
+def broken(*breaks: int) -> Broken:
+    model = Broken([Block() for _ in range(4)], prefix=PREFIX)
+    model.breaks = breaks
+    return model
+
+
+def pruned(model: Callable[..., Any], keep: float = 0.5, **options: Any) -> Any:
+    method = HiPrune(keep=keep, **options)
+    backend = tokenpass.backend(method, inner="eager", always_rewrite=True, record_cuts=True)
+    return torch.compile(model, backend=backend)
+
+
+def test_blocks_behind_a_break_are_pruned_as_without_one() -> None:
+    """Breaks if the graph behind a break does not know the grid, or where class tokens lie."""
+    model = broken(0)
+    x = images()
+    fast = pruned(model)
+    found, kept = fast(x), tokenpass.kept(fast)
+    first, second = tokenpass.report(fast).graphs
+    assert (first.grid, second.grid) == ((), (4, 4))
+    model.breaks = ()
+    torch._dynamo.reset()
+    whole = pruned(model)
+    assert torch.equal(found, whole(x))
+    assert torch.equal(kept, tokenpass.kept(whole))
+
+
+@pytest.mark.parametrize("breaks", [(0,), (2,), (0, 2)])
+def test_full_budget_is_the_model(breaks: tuple[int, ...]) -> None:
+    model = broken(*breaks)
+    fast = pruned(model, keep=1.0)
+    for batch in (2, 3):
+        x = images(batch)
+        assert torch.equal(fast(x), model(x))
+    assert all(graph.blocks for graph in tokenpass.report(fast).graphs if graph.attentions)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # Dynamo looks at it
+def test_gradients_go_through_breaks() -> None:
+    """Breaks if what a graph returns is not what its gradients flow through."""
+    model = broken(0, 2)
+    x = images()
+    with torch.enable_grad():
+        (wanted,) = torch.autograd.grad(model(x).square().sum(), model.patch.weight)
+        (found,) = torch.autograd.grad(pruned(model, 1.0)(x).square().sum(), model.patch.weight)
+    assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_every_graph_gets_the_budget_and_spares_the_prefix() -> None:
+    """Breaks if prefix tokens that come from another graph are counted or dropped.
+
+    Behind a merging cut most patch tokens are copies of others; prefix tokens never are.
+    """
+    model = broken(0, 2)
+    fast = pruned(model, keep=0.25)
+    out = fast(images())
+    assert tokenpass.kept(fast).shape == (2, TOKENS // 4)
+    assert all(cut.kept.max() < TOKENS for cut in tokenpass.cuts(fast))
+    for row in out:
+        assert len(row[PREFIX:].unique(dim=0)) <= TOKENS // 4
+        assert len(row.unique(dim=0)) == PREFIX + len(row[PREFIX:].unique(dim=0))
+    tokenpass.set_budget(fast, keep=1.0)
+    assert torch.equal(fast(images()), model(images()))
+
+
+def test_explain_says_what_happens() -> None:
+    """Breaks if only compiled graphs tell one another of tokens."""
+    model = broken(0)
+    planned = tokenpass.explain(model, images(), method=HiPrune(keep=0.5))
+    fast = pruned(model)
+    fast(images())
+    assert planned.converted
+    assert planned.flops == tokenpass.report(fast).flops
+
+
+# ---------------------------------------------------------------- tensors of elsewhere
+
+
+def pieces(depth: int = 2) -> tuple[Encoder, Any, Any]:
+    """A model, and its embedding and its blocks compiled one by one."""
+    model = encoder(depth=depth)
+
+    def embed(x: Tensor) -> Tensor:
+        x = model.patch(x).flatten(2).transpose(1, 2)
+        return torch.cat([model.prefix.expand(x.shape[0], -1, -1), x], 1) + model.table
+
+    def blocks(x: Tensor) -> Tensor:
+        for block in model.blocks:
+            x = block(x)
+        return x
+
+    return model, pruned(embed), pruned(blocks)
+
+
+def test_a_graph_runs_as_it_is_on_what_it_was_not_made_for() -> None:
+    """Breaks if tokens of another origin, or in another order, are pruned as those of a grid."""
+    model, embed, blocks = pieces()
+    x = images()
+    wanted = model(x)
+    assert not torch.equal(blocks(embed(x)), wanted)
+    assert tokenpass.kept(blocks).shape == (2, TOKENS // 2)
+    assert torch.equal(blocks(embed(x).clone()), wanted)
+    assert not tokenpass.report(blocks).converted
+    assert "arrives from outside" in tokenpass.report(blocks).refusals[0].reason
+    tokens = embed(x)
+    tokens.copy_(tokens.flip(1))
+    expected = model.blocks[1](model.blocks[0](tokens))
+    assert torch.equal(blocks(tokens), expected)
+    assert not torch.equal(blocks(embed(x)), wanted)
+
+
+def test_nothing_is_known_of_a_tensor_from_eager_code() -> None:
+    """Breaks if a shape is taken for an origin."""
+    _, embed, blocks = pieces()
+    tokens = embed(images()) + 0.0
+    with pytest.warns(tokenpass.TokenpassWarning, match="nothing to convert"):
+        blocks(tokens)
+    assert not tokenpass.report(blocks).converted
+
+
+class Across(Attention):
+    """Queries of one image, keys and values of another."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
+        (q, _, _), (_, k, v) = self.project(x), self.project(y)
+        return x + self.proj(self.attend(q, k, v).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+def test_tokens_of_two_calls_are_different_tokens() -> None:
+    """Breaks if axes are told apart by how they were made and not by the call that made them."""
+    _, embed, _ = pieces()
+    cross = Across()
+    one, other = embed(images(2)), embed(images(2).neg())
+    same, different = pruned(cross), pruned(Across())
+    same(one, one)
+    assert tokenpass.report(same).converted
+    assert torch.equal(same(one, other), cross(one, other))
+    assert not tokenpass.report(same).converted
+    with pytest.warns(tokenpass.TokenpassWarning, match="nothing to convert"):
+        different(one, other)
+    assert not tokenpass.report(different).converted
+
+
+def test_a_class_token_that_is_put_back_is_the_same() -> None:
+    """Breaks if the parts of an axis from another graph are not known in this one."""
+    model, embed, _ = pieces()
+
+    def rejoining(x: Tensor) -> Tensor:
+        x = x + torch.cat([x[:, :1], 2 * x[:, 1:]], 1)
+        for block in model.blocks:
+            x = block(x)
+        return x
+
+    fast = pruned(rejoining)
+    fast(embed(images()))
+    assert tokenpass.report(fast).converted
+    tokenpass.set_budget(fast, keep=1.0)
+    tokens = embed(images())
+    assert torch.equal(fast(tokens), rejoining(tokens))
+
+
+# ---------------------------------------------------------------- packed images
+
+LENGTHS = (16, 8)
+PIXELS = (3, 2, 2)
+
+
+class Packed(nn.Module):
+    """Patches of several images as rows; attention goes image by image, in Python.
+
+    Args:
+        rows: What makes tokens of the rows.
+    """
+
+    def __init__(self, rows: nn.Module, depth: int = 2) -> None:
+        super().__init__()
+        self.rows = rows
+        self.blocks = nn.ModuleList(PackedBlock() for _ in range(depth))
+        self.eval()
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        x = self.rows(x)
+        for block in self.blocks:
+            x = block(x, lengths)
+        return x
+
+
+class Convolved(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, WIDTH, 2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens: Tensor = self.patch(x.view(-1, *PIXELS)).view(-1, WIDTH)
+        return tokens
+
+
+class Projected(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(12, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight, self.bias)
+
+
+class PackedBlock(Block):
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:  # type: ignore[override]
+        x = x + self.attend(self.norm1(x), lengths)
+        out: Tensor = x + self.mlp(self.norm2(x))
+        return out
+
+    def attend(self, x: Tensor, lengths: Tensor) -> Tensor:
+        q, k, v = (part.flatten(0, 1) for part in self.attention.project(x[None]))  # type: ignore[operator]
+        sizes = lengths.tolist()
+        parts = zip(*(part.split(sizes, 1) for part in (q, k, v)), strict=True)
+        attended = [functional.scaled_dot_product_attention(*each) for each in parts]
+        joint = torch.cat(attended, 1).transpose(0, 1).reshape(-1, WIDTH)
+        out: Tensor = self.attention.proj(joint)  # type: ignore[operator]
+        return out
+
+
+def packed_rows(lengths: tuple[int, ...] = LENGTHS) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(sum(lengths), 12, generator=generator), torch.tensor(lengths)
+
+
+def test_packed_rows_of_pixels_are_tokens() -> None:
+    """Breaks if rows of pixels are not followed, or if a graph of an MLP is not pruned."""
+    model = Packed(Convolved())
+    x, lengths = packed_rows()
+    fast = pruned(model, keep=1.0)
+    assert torch.equal(fast(x, lengths), model(x, lengths))
+    report = tokenpass.report(fast)
+    assert [len(row.block.mlps) for graph in report.graphs for row in graph.blocks] == [1, 1]
+    assert "none" in str(report)
+    tokenpass.set_budget(fast, keep=0.5)
+    assert not torch.equal(fast(x, lengths), model(x, lengths))
+    assert sum(graph.changed for graph in tokenpass.report(fast).graphs) == 2
+    assert tokenpass.kept(fast).shape == (1, sum(LENGTHS) // 2)
+
+
+@pytest.mark.parametrize("dropped", ["merge", "discard"])
+def test_tokens_keep_their_values_where_the_attention_is_elsewhere(dropped: str) -> None:
+    """Breaks if an MLP's result goes to other tokens, or if a token takes more than that.
+
+    What is merged before every block of a model would be the same token from the first one on.
+    """
+    model = Packed(Convolved(), depth=1)
+    x, lengths = packed_rows()
+    fast = pruned(model, dropped=dropped)
+    found = fast(x, lengths)
+    (cut,) = tokenpass.cuts(fast)
+    (block,) = model.blocks
+    stream = model.rows(x)
+    stream = stream + block.attend(block.norm1(stream), lengths)  # type: ignore[operator]
+    branch = block.mlp(block.norm2(stream))  # type: ignore[operator]
+    if cut.owner is not None:
+        wanted = stream + branch[cut.owner[0]]
+    else:
+        left = torch.zeros(len(x), 1).index_fill(0, cut.kept[0], 1.0)
+        wanted = stream + left * branch
+    assert torch.allclose(found, wanted, rtol=1e-6, atol=1e-6)
+    farthest = (stream - stream.mean(0)).norm(dim=1).topk(3).indices
+    assert set(farthest.tolist()) <= set(cut.kept[0].tolist())
+
+
+class Masked(Attention):
+    """Attention within images, the first of half as many tokens as there are."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        first = torch.arange(q.shape[2]) < q.shape[2] // 2
+        return functional.scaled_dot_product_attention(q, k, v, first[:, None] == first)
+
+
+def test_packed_images_are_not_merged() -> None:
+    """Breaks if a token leaves for one of another image where the attention is in the graph."""
+    rows, block = Convolved(), Block(Masked)
+    x, _ = packed_rows()
+    embed = pruned(rows)
+    fast = pruned(lambda tokens: block(tokens[None])[0], keep=1.0)
+    wanted = block(rows(x)[None])[0]
+    assert torch.allclose(fast(embed(x)), wanted, rtol=1e-6, atol=1e-6)
+    assert any("several images" in refusal.reason for refusal in tokenpass.report(fast).refusals)
+    tokenpass.set_budget(fast, keep=0.25)
+    found = fast(embed(x))
+    assert tokenpass.report(fast).converted
+    assert not torch.allclose(found, wanted, atol=1e-3)
+    assert len(found.unique(dim=0)) == len(x)
+
+
+def test_rows_of_features_are_left_alone() -> None:
+    """Breaks if any rows are taken for patches: they may be images, or hold class tokens."""
+    model = Packed(Projected())
+    x, lengths = packed_rows()
+    with pytest.warns(tokenpass.TokenpassWarning, match="nothing to convert"):
+        assert torch.equal(pruned(model)(x, lengths), model(x, lengths))
+
+
+def test_another_number_of_rows_is_another_graph() -> None:
+    """Breaks if a graph for rows of any number assumes one."""
+    model = Packed(Convolved())
+    fast = pruned(model, keep=1.0)
+    for lengths in (LENGTHS, (4, 12), (8, 8, 8), (4, 4)):
+        args = packed_rows(lengths)
+        assert torch.equal(fast(*args), model(*args))
+
+
+# ---------------------------------------------------------------- gates
+
+
+def gated(model: Callable[..., Any], keep: float) -> Any:
+    method = Eventful(keep=keep, scene_cut=None)
+    return torch.compile(model, backend=tokenpass.backend(method, inner="eager"))
+
+
+def test_gates_in_every_graph() -> None:
+    """Breaks if a graph without gates makes every frame one that is computed in full."""
+    model = broken(0, 2)
+    fast = gated(model, 1.0)
+    for seed in range(3):
+        x = images() + seed
+        assert (fast(x) - model(x)).abs().max() < 1e-5
+    tokenpass.set_budget(fast, keep=0.5)
+    fast(images())
+    fast(images() + 1)
+    report, stats = tokenpass.report(fast), tokenpass.stats(fast)
+    assert [bool(graph.blocks) for graph in report.graphs] == [False, True, True]
+    assert not stats.computed_in_full
+    assert len(stats.update_rates) == len(stats.selected) > 0
+    assert all(0.5 <= rate < 1.0 for rate in stats.update_rates)
+
+
+def test_packed_rows_have_gates() -> None:
+    """Breaks if gates do not know packed rows, or if rows that changed are not found."""
+    model = Packed(Convolved())
+    fast = gated(model, keep=0.25)
+    x, lengths = packed_rows()
+    fast(x, lengths)
+    changed = x.clone()
+    changed[:2] += 1.0
+    tokenpass.set_budget(fast, keep=1.0)
+    assert (fast(changed, lengths) - model(changed, lengths)).abs().max() < 1e-5
+    blocks = [row for graph in tokenpass.report(fast).graphs for row in graph.blocks]
+    assert [len(row.block.mlps) for row in blocks] == [1, 1]
+    assert [row.tokens_in for row in blocks] == [sum(LENGTHS)] * 2
