@@ -210,6 +210,49 @@ def test_a_class_token_that_is_put_back_is_the_same() -> None:
     assert torch.equal(fast(tokens), rejoining(tokens))
 
 
+# ---------------------------------------------------------------- tokens that users mark
+
+
+def test_marked_tokens_are_pruned() -> None:
+    """Breaks if a mark says less, or something else, than a patch embedding in the graph."""
+    model, embed, blocks = pieces()
+    x = images()
+    tokens = embed(x) + 0.0
+    found = blocks(tokenpass.mark_tokens(tokens, (4, 4), prefix=1))
+    kept = tokenpass.kept(blocks)
+    whole = pruned(model)
+    assert torch.equal(found, whole(x))
+    assert torch.equal(kept, tokenpass.kept(whole))
+    assert torch.equal(blocks(tokens + 0.0), model(x))
+
+
+def test_marks_lie_along_any_dimension() -> None:
+    """Breaks if rows are taken for columns, or if registers behind the patches may leave."""
+    stack = nn.Sequential(Block(), Block())
+    tokens = torch.randn(8, 2 + 8 + 1, WIDTH)
+    turned = tokenpass.mark_tokens(tokens.transpose(1, 2), (2, 4), dim=-1, prefix=2, suffix=1)
+    fast = pruned(lambda x: stack(x.transpose(1, 2)))
+    out = fast(turned)
+    assert tokenpass.report(fast).graphs[0].grid == (2, 4)
+    assert all(len(row[[0, 1, -1]].unique(dim=0)) == 3 for row in out)
+    assert all(len(row[2:-1].unique(dim=0)) == 4 for row in out)
+
+
+@pytest.mark.parametrize(
+    ("grid", "options", "words"),
+    [
+        ((4, 4), {}, "17 tokens, not 0 [+] 4 x 4 [+] 0 = 16"),
+        ((4, 5), {"prefix": -3}, "not -3"),
+        ((-4, -4), {"prefix": 1}, "-4 x -4"),
+        ((4, 4), {"prefix": 1, "dim": 3}, "has 3 dimensions"),
+    ],
+)
+def test_wrong_marks_are_refused(grid: Any, options: Any, words: str) -> None:
+    """Breaks if tokens are marked that are not there."""
+    with pytest.raises(tokenpass.OptionError, match=words):
+        tokenpass.mark_tokens(torch.zeros(2, 17, 8), grid, **options)
+
+
 # ---------------------------------------------------------------- packed images
 
 LENGTHS = (16, 8)

@@ -10,12 +10,27 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any, TypeAlias
 
+import sympy
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from tokenpass.dims import Axis, Dim, Dims, Factor, Kind, Size, is_data, same, size_of, whole
+from tokenpass.dims import (
+    Axis,
+    AxisTable,
+    Dim,
+    Dims,
+    Factor,
+    Kind,
+    Size,
+    is_data,
+    same,
+    size_of,
+    whole,
+)
+from tokenpass.errors import OptionError
 
 Arrival: TypeAlias = tuple[Dim | None, ...]
 """The dimensions of a tensor: tokens, or channels; ``None`` where neither is known."""
@@ -42,6 +57,55 @@ def arrival_of(value: Any) -> Arrival:
     """What is known of a tensor that a graph handed over, if nothing was written into it since."""
     note: _Note | None = _notes.get(value) if isinstance(value, Tensor) else None
     return note.arrival if note and note.version == _version(value) else ()
+
+
+def mark_tokens(
+    x: Tensor, grid: Sequence[int], *, dim: int = 1, prefix: int = 0, suffix: int = 0
+) -> Tensor:
+    """Say where patch tokens lie in a tensor that a compiled model takes in.
+
+    For what tokenpass cannot see: the blocks of an encoder compiled without its patch embedding,
+    tokens that eager code has computed between two graphs. Mark the tensor of every call, the first
+    one too, before the call; with tensors that are not marked the model runs as it is.
+
+    Args:
+        x: Tokens: ``(B, N, C)``, or another order of these; packed ones are ``(N, C)``.
+        grid: Rows and columns of the patch tokens, ``(H, W)``; or ``(T, H, W)``.
+        dim: The dimension that tells tokens apart.
+        prefix: Class and register tokens before the patch tokens. They never leave.
+        suffix: The same behind them.
+
+    Returns:
+        ``x`` itself.
+
+    Raises:
+        OptionError: If ``x`` does not have as many tokens.
+    """
+    if not -x.dim() <= dim < x.dim():
+        raise OptionError(f"dim={dim}: the tensor has {x.dim()} dimensions, {tuple(x.shape)}")
+    found, wanted = x.shape[dim], prefix + prod(grid) + suffix
+    if min(*grid, 1 + prefix, 1 + suffix) < 1 or found != wanted:
+        raise OptionError(
+            f"dimension {dim} of {tuple(x.shape)} has {found} tokens, not {prefix} + "
+            f"{' x '.join(map(str, grid))} + {suffix} = {wanted}: pass the grid of the patch "
+            "tokens, and in prefix= and suffix= how many others lie before and behind them"
+        )
+    sides = (_axis(Kind.SPATIAL, size) for size in grid)
+    patches = tuple(factor for side in sides for factor in whole(side))
+    others = [whole(_axis(Kind.CONSTANT, size)) for size in (prefix, suffix)]
+    known: list[Dim | None] = [None] * x.dim()
+    channels = [place for place in range(x.dim()) if place != dim % x.dim()][-1:]
+    for place in channels:
+        known[place] = whole(_axis(Kind.CONSTANT, x.shape[place]))
+    parts = [others[0]] * (prefix > 0) + [patches] + [others[1]] * (suffix > 0)
+    known[dim] = AxisTable().concat(parts, None)
+    _notes[x] = _Note(tuple(known), _version(x))
+    return x
+
+
+def _axis(kind: Kind, size: int) -> Axis:
+    """A new axis."""
+    return Axis(kind, sympy.Integer(size), None, data=kind is not Kind.CONSTANT)
 
 
 def begin_with(arrival: Arrival, dims: Dims) -> Dims:

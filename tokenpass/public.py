@@ -14,6 +14,7 @@ from tokenpass.api import (
     stats,
     stream,
 )
+from tokenpass.arrivals import mark_tokens
 from tokenpass.backend import backend
 from tokenpass.calibration import Calibration, calibrate
 from tokenpass.cuts import Cut
@@ -59,6 +60,7 @@ __all__ = [
     "kept",
     "kept_by_budget",
     "load_state_dict",
+    "mark_tokens",
     "report",
     "reset",
     "rewrite",

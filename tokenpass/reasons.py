@@ -25,7 +25,10 @@ def hint_of(reason: str) -> str:
 
 
 TOKEN_WISE = "the linear layers can still lose tokens, or be gated: Eventful()"
-ONE_GRAPH = "compile what holds patch embedding and blocks as one graph"
+ONE_GRAPH = (
+    "compile what holds patch embedding and blocks as one graph, or say where the tokens lie: "
+    "tokenpass.mark_tokens"
+)
 
 # ---------------------------------------------------------------- tokens
 
