@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 import tokenpass
 from tests.tiny import TOKENS, WIDTH, Attention, Block, Encoder, encoder, images
@@ -253,152 +252,6 @@ def test_wrong_marks_are_refused(grid: Any, options: Any, words: str) -> None:
         tokenpass.mark_tokens(torch.zeros(2, 17, 8), grid, **options)
 
 
-# ---------------------------------------------------------------- packed images
-
-LENGTHS = (16, 8)
-PIXELS = (3, 2, 2)
-
-
-class Packed(nn.Module):
-    """Patches of several images as rows; attention goes image by image, in Python.
-
-    Args:
-        rows: What makes tokens of the rows.
-    """
-
-    def __init__(self, rows: nn.Module, depth: int = 2) -> None:
-        super().__init__()
-        self.rows = rows
-        self.blocks = nn.ModuleList(PackedBlock() for _ in range(depth))
-        self.eval()
-
-    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
-        x = self.rows(x)
-        for block in self.blocks:
-            x = block(x, lengths)
-        return x
-
-
-class Convolved(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.patch = nn.Conv2d(3, WIDTH, 2, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens: Tensor = self.patch(x.view(-1, *PIXELS)).view(-1, WIDTH)
-        return tokens
-
-
-class Projected(nn.Linear):
-    def __init__(self) -> None:
-        super().__init__(12, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.linear(x, self.weight, self.bias)
-
-
-class PackedBlock(Block):
-    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:  # type: ignore[override]
-        x = x + self.attend(self.norm1(x), lengths)
-        out: Tensor = x + self.mlp(self.norm2(x))
-        return out
-
-    def attend(self, x: Tensor, lengths: Tensor) -> Tensor:
-        q, k, v = (part.flatten(0, 1) for part in self.attention.project(x[None]))  # type: ignore[operator]
-        sizes = lengths.tolist()
-        parts = zip(*(part.split(sizes, 1) for part in (q, k, v)), strict=True)
-        attended = [functional.scaled_dot_product_attention(*each) for each in parts]
-        joint = torch.cat(attended, 1).transpose(0, 1).reshape(-1, WIDTH)
-        out: Tensor = self.attention.proj(joint)  # type: ignore[operator]
-        return out
-
-
-def packed_rows(lengths: tuple[int, ...] = LENGTHS) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(sum(lengths), 12, generator=generator), torch.tensor(lengths)
-
-
-def test_packed_rows_of_pixels_are_tokens() -> None:
-    """Breaks if rows of pixels are not followed, or if a graph of an MLP is not pruned."""
-    model = Packed(Convolved())
-    x, lengths = packed_rows()
-    fast = pruned(model, keep=1.0)
-    assert torch.equal(fast(x, lengths), model(x, lengths))
-    report = tokenpass.report(fast)
-    assert [len(row.block.mlps) for graph in report.graphs for row in graph.blocks] == [1, 1]
-    assert "none" in str(report)
-    tokenpass.set_budget(fast, keep=0.5)
-    assert not torch.equal(fast(x, lengths), model(x, lengths))
-    assert sum(graph.changed for graph in tokenpass.report(fast).graphs) == 2
-    assert tokenpass.kept(fast).shape == (1, sum(LENGTHS) // 2)
-
-
-@pytest.mark.parametrize("dropped", ["merge", "discard"])
-def test_tokens_keep_their_values_where_the_attention_is_elsewhere(dropped: str) -> None:
-    """Breaks if an MLP's result goes to other tokens, or if a token takes more than that.
-
-    What is merged before every block of a model would be the same token from the first one on.
-    """
-    model = Packed(Convolved(), depth=1)
-    x, lengths = packed_rows()
-    fast = pruned(model, dropped=dropped)
-    found = fast(x, lengths)
-    (cut,) = tokenpass.cuts(fast)
-    (block,) = model.blocks
-    stream = model.rows(x)
-    stream = stream + block.attend(block.norm1(stream), lengths)  # type: ignore[operator]
-    branch = block.mlp(block.norm2(stream))  # type: ignore[operator]
-    if cut.owner is not None:
-        wanted = stream + branch[cut.owner[0]]
-    else:
-        left = torch.zeros(len(x), 1).index_fill(0, cut.kept[0], 1.0)
-        wanted = stream + left * branch
-    assert torch.allclose(found, wanted, rtol=1e-6, atol=1e-6)
-    farthest = (stream - stream.mean(0)).norm(dim=1).topk(3).indices
-    assert set(farthest.tolist()) <= set(cut.kept[0].tolist())
-
-
-class Masked(Attention):
-    """Attention within images, the first of half as many tokens as there are."""
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        first = torch.arange(q.shape[2]) < q.shape[2] // 2
-        return functional.scaled_dot_product_attention(q, k, v, first[:, None] == first)
-
-
-def test_packed_images_are_not_merged() -> None:
-    """Breaks if a token leaves for one of another image where the attention is in the graph."""
-    rows, block = Convolved(), Block(Masked)
-    x, _ = packed_rows()
-    embed = pruned(rows)
-    fast = pruned(lambda tokens: block(tokens[None])[0], keep=1.0)
-    wanted = block(rows(x)[None])[0]
-    assert torch.allclose(fast(embed(x)), wanted, rtol=1e-6, atol=1e-6)
-    assert any("several images" in refusal.reason for refusal in tokenpass.report(fast).refusals)
-    tokenpass.set_budget(fast, keep=0.25)
-    found = fast(embed(x))
-    assert tokenpass.report(fast).converted
-    assert not torch.allclose(found, wanted, atol=1e-3)
-    assert len(found.unique(dim=0)) == len(x)
-
-
-def test_rows_of_features_are_left_alone() -> None:
-    """Breaks if any rows are taken for patches: they may be images, or hold class tokens."""
-    model = Packed(Projected())
-    x, lengths = packed_rows()
-    with pytest.warns(tokenpass.TokenpassWarning, match="nothing to convert"):
-        assert torch.equal(pruned(model)(x, lengths), model(x, lengths))
-
-
-def test_another_number_of_rows_is_another_graph() -> None:
-    """Breaks if a graph for rows of any number assumes one."""
-    model = Packed(Convolved())
-    fast = pruned(model, keep=1.0)
-    for lengths in (LENGTHS, (4, 12), (8, 8, 8), (4, 4)):
-        args = packed_rows(lengths)
-        assert torch.equal(fast(*args), model(*args))
-
-
 # ---------------------------------------------------------------- gates
 
 
@@ -422,18 +275,3 @@ def test_gates_in_every_graph() -> None:
     assert not stats.computed_in_full
     assert len(stats.update_rates) == len(stats.selected) > 0
     assert all(0.5 <= rate < 1.0 for rate in stats.update_rates)
-
-
-def test_packed_rows_have_gates() -> None:
-    """Breaks if gates do not know packed rows, or if rows that changed are not found."""
-    model = Packed(Convolved())
-    fast = gated(model, keep=0.25)
-    x, lengths = packed_rows()
-    fast(x, lengths)
-    changed = x.clone()
-    changed[:2] += 1.0
-    tokenpass.set_budget(fast, keep=1.0)
-    assert (fast(changed, lengths) - model(changed, lengths)).abs().max() < 1e-5
-    blocks = [row for graph in tokenpass.report(fast).graphs for row in graph.blocks]
-    assert [len(row.block.mlps) for row in blocks] == [1, 1]
-    assert [row.tokens_in for row in blocks] == [sum(LENGTHS)] * 2
