@@ -38,7 +38,7 @@ BATCHED = 3
 
 
 def plan_partial(
-    facts: Facts, around: Surroundings, method: HiPrune
+    facts: Facts, around: Surroundings, method: HiPrune, *, piece: bool = False
 ) -> list[PartialPruning] | NoMatch:
     """One plan for each set of tokens that allows any.
 
@@ -46,6 +46,7 @@ def plan_partial(
         facts: Of the graph; all sizes are numbers.
         around: What the patterns found around tokens of any kind.
         method: What was asked for.
+        piece: Whether the graph is a piece of a model, tokens coming from another.
     """
     reason = _not_asked_for(method)
     attentions = tuple(match.softmax for block in around.blocks for match in block.attentions)
@@ -59,6 +60,7 @@ def plan_partial(
     context = _Context(
         facts,
         method,
+        piece,
         {node: place for place, node in enumerate(facts.graph.nodes)},
         ancestors(facts.graph),
         written_values(facts.graph),
@@ -88,6 +90,7 @@ class _Context:
     Attributes:
         facts: Of the graph.
         method: What was asked for.
+        piece: Whether the graph is a piece of a model.
         order: Places of the nodes.
         sets: From :func:`ancestors`.
         written: What the graph writes into.
@@ -95,6 +98,7 @@ class _Context:
 
     facts: Facts
     method: HiPrune
+    piece: bool
     order: Mapping[fx.Node, int]
     sets: Mapping[fx.Node, int]
     written: frozenset[fx.Node]
@@ -156,8 +160,7 @@ class _Planner:
         for layer, keep in schedule_of(self.method, len(self.blocks), patches):
             left = min(left, token_budget(keep, patches))
             at = self.places[layer - 1]
-            apart = not self.blocks[layer - 1].attentions or is_packed(self.layout.tokens)
-            cuts.append(Cut(len(cuts) + 1, layer, at, left, apart))
+            cuts.append(Cut(len(cuts) + 1, layer, at, left, self._apart))
         stream = [*(cut.at for cut in cuts), *(block.out for block in self.blocks)]
         pinned = [node for node in stream if node in self.context.written]
         if pinned:
@@ -169,11 +172,18 @@ class _Planner:
             self.method, self.layout, self.fixed, shape, cuts, chosen, self.blocks
         )
 
+    @property
+    def _apart(self) -> bool:
+        """Whether tokens that leave keep their own values in the stream; see :class:`Cut`."""
+        one_for_all = self.context.piece and len(self.blocks) == 1
+        cut_off = not all(block.attentions for block in self.blocks)
+        return one_for_all or cut_off or is_packed(self.layout.tokens)
+
     def _behind(self, cuts: Sequence[Cut]) -> list[tuple[Region, int]]:
         """The regions behind a cut, each with the number of the last cut before it."""
         chosen: list[tuple[Region, int]] = []
         for region in self.regions:
-            merged = self.method.merges and not any(cut.apart for cut in cuts)
+            merged = self.method.merges and not self._apart
             if not (merged or self._is_branch(region)):
                 continue
             start = min(self.context.order[node] for node in region.nodes)

@@ -113,6 +113,28 @@ def test_every_graph_gets_the_budget_and_spares_the_prefix() -> None:
     assert torch.equal(fast(images()), model(images()))
 
 
+def test_a_graph_of_one_block_merges_nothing() -> None:
+    """Breaks if tokens become one in the first block of a model whose blocks are graphs.
+
+    Full attention and the first addition are the model's; the MLP's branch is the owner's.
+    """
+    model, embed, _ = pieces(depth=1)
+    (block,) = model.blocks
+    fast = pruned(block)
+    tokens = embed(images())
+    found = fast(tokens)
+    (cut,) = tokenpass.cuts(fast)
+    assert cut.owner is not None
+    stream = tokens + block.attention(block.norm1(tokens))  # type: ignore[operator]
+    branch = block.mlp(block.norm2(stream))  # type: ignore[operator]
+    owner = torch.cat([torch.zeros(2, 1, dtype=torch.int64), 1 + cut.owner], 1)
+    wanted = stream + branch.gather(1, owner[..., None].expand_as(branch))
+    assert torch.allclose(found, wanted, rtol=1e-6, atol=1e-6)
+    assert cut.kept.shape == (2, TOKENS // 2)
+    tokenpass.set_budget(fast, keep=1.0)
+    assert torch.allclose(fast(embed(images())), model(images()), rtol=1e-6, atol=1e-6)
+
+
 def test_explain_says_what_happens() -> None:
     """Breaks if only compiled graphs tell one another of tokens."""
     model = broken(0)

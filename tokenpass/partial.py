@@ -27,9 +27,9 @@ class Cut:
         block: The block in which tokens leave, counted from 1.
         at: The stream at the cut: the first addition of the block.
         count: Patch tokens of an image that stay.
-        apart: Whether the others keep their own values in the stream: where a graph break has cut
-            off the attention, and one graph may serve all blocks, what is merged once would be
-            merged before every block; where images are packed, into a token of another image.
+        apart: Whether the others keep their own values in the stream: where a graph holds a single
+            block, or only MLPs, and may serve all blocks, what is merged would be merged from the
+            first block on; where images are packed, into a token of another image.
     """
 
     number: int

@@ -134,7 +134,7 @@ def plan_partly(analysis: Analysis, method: HiPrune, *, always: bool) -> Rewrite
         facts, found, captured.constants, with_norms=False, cut_off=bool(captured.arrived())
     )
     report = replace(report, mlps=around.mlps)
-    plans = plan_partial(facts, around, method)
+    plans = plan_partial(facts, around, method, piece=bool(captured.arrived()))
     if isinstance(plans, NoMatch):
         return _left(report, refusal_of(plans))
     decided = min(plans, key=lambda plan: partial_flops(facts, plan))
@@ -170,6 +170,11 @@ def _partial_blocks(decided: PartialPruning) -> list[BlockReport]:
         entering, version = version, cut_in.get(number, version)
         rows.append(BlockReport(block, decided.count(entering), decided.count(version)))
     return rows
+
+
+def _is_one_block(analysis: Analysis) -> bool:
+    """Whether a graph is one block of a model, and may serve all of them: cuts have no order."""
+    return len(analysis.found.blocks) == 1 and bool(analysis.captured.arrived())
 
 
 def _could_be_made(analysis: Analysis, planned: Rewrite, method: HiPrune, always: bool) -> bool:
@@ -294,20 +299,22 @@ def _with_partial(
     always: bool,
 ) -> tuple[Analysis, Rewrite]:
     """``planned``, or the partial pruning that can be made where it cannot, or saves less."""
-    if not _needs_all_tokens(analysis) and _could_be_made(analysis, planned, method, always):
+    partly = _needs_all_tokens(analysis) or _is_one_block(analysis)
+    if not partly and _could_be_made(analysis, planned, method, always):
         return analysis, planned
     numbers = for_these_sizes(analysis, module, inputs)
     if numbers is None:
         why = refusal_of(NoMatch(PATTERN, BATCH_OF_ANY_SIZE, ()))
         return analysis, replace(planned, report=refused(planned.report, why))
-    partly = replace(plan_partly(numbers, method, always=always), batch=numbers.batch_inputs())
-    if partly.plan is None:
+    instead = replace(plan_partly(numbers, method, always=always), batch=numbers.batch_inputs())
+    if instead.plan is None:
         if planned.plan is None:
-            why = partly.report.refusals[-1]
+            why = instead.report.refusals[-1]
             planned = replace(planned, report=refused(planned.report, why))
         return analysis, planned
-    if planned.plan is None or _cheaper_partly(analysis, numbers, method):
-        return numbers, partly
+    better = _is_one_block(analysis) or _cheaper_partly(analysis, numbers, method)
+    if planned.plan is None or better:
+        return numbers, instead
     return analysis, planned
 
 
