@@ -190,6 +190,21 @@ def test_nothing_is_known_of_a_tensor_from_eager_code() -> None:
     assert not tokenpass.report(blocks).converted
 
 
+def test_sizes_that_are_symbols_are_not_told() -> None:
+    """Breaks if a graph for any number of images tells how many there are."""
+    model, _, blocks = pieces()
+
+    def spread(x: Tensor) -> Tensor:
+        tokens: Tensor = model.patch(x).flatten(2).transpose(1, 2)
+        return tokens.mean(0, keepdim=True).expand(x.shape[0], -1, -1) + 0.0
+
+    fast = torch.compile(spread, backend=tokenpass.backend(inner="eager"), dynamic=True)
+    for batch in (2, 3):
+        tokens = fast(images(batch))
+        assert torch.equal(tokens, spread(images(batch)))
+        assert blocks(tokens).shape == tokens.shape
+
+
 class Across(Attention):
     """Queries of one image, keys and values of another."""
 

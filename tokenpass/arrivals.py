@@ -138,8 +138,9 @@ def tokens_in(dims: Iterable[Dim], patches: Mapping[Axis, Axis]) -> Arrival:
 
 
 def _known(dim: Dim) -> Dim | None:
+    size = size_of(dim)
     if not is_data(dim):
-        return whole(Axis(Kind.CONSTANT, size_of(dim), None, data=False))
+        return whole(Axis(Kind.CONSTANT, size, None, data=False)) if size.is_Integer else None
     return dim if _of_an_image(dim) else None
 
 
@@ -181,9 +182,14 @@ def _in_axes_of_call(told: Arrival, value: Tensor, made: Axes) -> Arrival:
     if value.dim() != len(told):
         return ()
     return tuple(
-        _of_call(dim, made) if dim is not None and size_of(dim) == size else None
+        _of_call(dim, made) if dim is not None and _positions(dim) == size else None
         for dim, size in zip(told, value.shape, strict=True)
     )
+
+
+def _positions(dim: Dim) -> int:
+    """The size of a dimension of numbers; this runs in every call."""
+    return prod(int(factor.size) for factor in dim)
 
 
 def _version(value: Tensor) -> int:
