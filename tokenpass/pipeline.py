@@ -299,6 +299,8 @@ def _with_partial(
     always: bool,
 ) -> tuple[Analysis, Rewrite]:
     """``planned``, or the partial pruning that can be made where it cannot, or saves less."""
+    if not analysis.found.attentions and not analysis.captured.arrived():
+        return analysis, planned  # no block, and no reason to make numbers of its sizes
     partly = _needs_all_tokens(analysis) or _is_one_block(analysis)
     if not partly and _could_be_made(analysis, planned, method, always):
         return analysis, planned
