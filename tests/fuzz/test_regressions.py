@@ -272,6 +272,43 @@ CASES = {
         keep=0.25,
         also="eventful",
     ),
+    "rounding that goes one way here and the other way there": Case(
+        Encoder(
+            grid=(4, 4),
+            width=4,
+            blocks=(
+                Block(
+                    attention=Attention(
+                        heads=4,
+                        spelling="keys first",
+                        key_heads=2,
+                        position="rotary",
+                        join="cat",
+                    ),
+                    norms="written out",
+                    placement="sandwich",
+                    residual="in place",
+                    detour="flipped",
+                ),
+                Block(
+                    attention=Attention(
+                        heads=4, spelling="weights", heads_mixed=True, join="contiguous view"
+                    ),
+                    placement="parallel",
+                    mlp="relu",
+                ),
+            ),
+            final_norm=False,
+            head="class",
+            double=False,
+            autocast=True,
+            seed=999,
+        ),
+        also="eventful",
+    ),
+    "blocks in another graph than their patch embedding": Case(
+        Encoder(broken=True, prefix=2, suffix=1, blocks=(Block(), Block(built_in=True))),
+    ),
     "a stream whose dimensions change places": Case(
         Encoder(layout="channels first", blocks=(Block(), Block(built_in=True)), final_norm=False),
         keep=0.75,
