@@ -314,8 +314,8 @@ def _with_partial(
             why = instead.report.refusals[-1]
             planned = replace(planned, report=refused(planned.report, why))
         return analysis, planned
-    better = _is_one_block(analysis) or _cheaper_partly(analysis, numbers, method)
-    if planned.plan is None or better:
+    needed = planned.plan is None or _is_one_block(analysis)
+    if needed or _cheaper_partly(analysis, numbers, method):
         return numbers, instead
     return analysis, planned
 

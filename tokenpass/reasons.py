@@ -26,8 +26,7 @@ def hint_of(reason: str) -> str:
 
 TOKEN_WISE = "the linear layers can still lose tokens, or be gated: Eventful()"
 ONE_GRAPH = (
-    "compile what holds patch embedding and blocks as one graph, or say where the tokens lie: "
-    "tokenpass.mark_tokens"
+    "compile patch embedding and blocks as one graph, or mark the tokens: tokenpass.mark_tokens"
 )
 
 # ---------------------------------------------------------------- tokens
