@@ -26,6 +26,8 @@ MLPS = ("gelu", "relu", "gated", "joint gate", "none")
 class Partly(Masking):
     """Runs a model of which tokens leave the token-wise parts.
 
+    In a graph of one block that gets its tokens from another they keep their own values there.
+
     Args:
         model: A generated encoder that :func:`is_known` knows.
         cuts: ``{block: patch tokens behind its first addition}``; the last is the budget.
@@ -37,6 +39,8 @@ class Partly(Masking):
         self, model: Model, cuts: Mapping[int, int], alpha: float, *, merges: bool
     ) -> None:
         spec = model.spec
+        told = spec.breaks and spec.patch > 1  # a pixel may be anything along an axis of the input
+        self.apart = told and len(spec.blocks) == 1
         places = Places(
             attentions=[],
             additions=[],
@@ -91,7 +95,7 @@ class Partly(Masking):
                     safe_positions(s, self.places.grid, budget, self.alpha) for s in scores
                 ]
             self._cut(self.cuts[number], self.frozen)
-            if self.merges:
+            if self.merges and not self.apart:
                 patches[:] = self.frozen
             return self.places.stream(rows)
 

@@ -306,6 +306,7 @@ CASES = {
         ),
         also="eventful",
     ),
+    "one block in another graph than its patch embedding": Case(Encoder(broken=True)),
     "blocks in another graph than their patch embedding": Case(
         Encoder(broken=True, prefix=2, suffix=1, blocks=(Block(), Block(built_in=True))),
     ),
