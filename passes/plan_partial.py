@@ -116,9 +116,12 @@ class _Planner:
         self.regions = regions
         self.layout = regions[0].layout
         self.fixed = regions[0].fixed
-        found = {at: block for block in reversed(blocks) if (at := self._cut_of(block)) is not None}
-        self.blocks = list(reversed(found.values()))  # the first of those that end in one value
-        self.places = list(reversed(found))
+        first: dict[fx.Node, Block] = {}
+        for block in blocks:
+            at = self._cut_of(block)
+            if at is not None:
+                first.setdefault(at, block)
+        self.blocks, self.places = list(first.values()), list(first)
 
     def _cut_of(self, block: Block) -> fx.Node | None:
         """Where tokens may leave in a block: at its first addition, if that has these tokens.

@@ -6,7 +6,6 @@ for, or if the class token of another graph is taken for a patch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -14,21 +13,13 @@ import torch
 from torch import Tensor, nn
 
 import tokenpass
+from tests.pieces import QUIET, fresh, gated, pruned  # noqa: F401
 from tests.tiny import TOKENS, WIDTH, Attention, Block, Encoder, encoder, images
-from tokenpass import Eventful, HiPrune
+from tokenpass import HiPrune
 
 PREFIX = 3
 
-pytestmark = pytest.mark.filterwarnings("ignore:tokenpass. nothing to convert")
-"""In the graph that only embeds patches, say."""
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    with torch.no_grad():
-        yield
+pytestmark = [QUIET, pytest.mark.usefixtures("fresh")]
 
 
 class Broken(Encoder):
@@ -52,12 +43,6 @@ def broken(*breaks: int) -> Broken:
     model = Broken([Block() for _ in range(4)], prefix=PREFIX)
     model.breaks = breaks
     return model
-
-
-def pruned(model: Callable[..., Any], keep: float = 0.5, **options: Any) -> Any:
-    method = HiPrune(keep=keep, **options)
-    backend = tokenpass.backend(method, inner="eager", always_rewrite=True, record_cuts=True)
-    return torch.compile(model, backend=backend)
 
 
 def test_blocks_behind_a_break_are_pruned_as_without_one() -> None:
@@ -292,11 +277,6 @@ def test_wrong_marks_are_refused(grid: Any, options: Any, words: str) -> None:
 
 
 # ---------------------------------------------------------------- gates
-
-
-def gated(model: Callable[..., Any], keep: float) -> Any:
-    method = Eventful(keep=keep, scene_cut=None)
-    return torch.compile(model, backend=tokenpass.backend(method, inner="eager"))
 
 
 def test_gates_in_every_graph() -> None:

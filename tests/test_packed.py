@@ -6,28 +6,16 @@ what is computed for a token goes to another one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 import tokenpass
-from tests.test_graph_breaks import gated, pruned
+from tests.pieces import QUIET, fresh, gated, pruned  # noqa: F401
 from tests.tiny import WIDTH, Attention, Block
 
-pytestmark = pytest.mark.filterwarnings("ignore:tokenpass. nothing to convert")
-"""In the graphs of their attention."""
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    with torch.no_grad():
-        yield
-
+pytestmark = [QUIET, pytest.mark.usefixtures("fresh")]
 
 LENGTHS = (16, 8)
 PIXELS = (3, 2, 2)

@@ -59,6 +59,11 @@ def arrival_of(value: Any) -> Arrival:
     return note.arrival if note and note.version == _version(value) else ()
 
 
+def arrivals_of(values: Iterable[Any]) -> list[Arrival]:
+    """What is known of each of them."""
+    return [arrival_of(value) for value in values]
+
+
 def mark_tokens(
     x: Tensor, grid: Sequence[int], *, dim: int = 1, prefix: int = 0, suffix: int = 0
 ) -> Tensor:
@@ -168,8 +173,10 @@ class Handover:
                 return None
         return axes
 
-    def tell(self, axes: Axes, outputs: Sequence[Any]) -> None:
-        """Note where tokens lie in what a call returned."""
+    def tell(self, axes: Axes | None, outputs: Sequence[Any]) -> None:
+        """Note where tokens lie in what a call returned; nothing, if its inputs were others."""
+        if axes is None:
+            return
         made = dict(axes)
         for value, told in zip(outputs, self.told, strict=False):
             if told and isinstance(value, Tensor) and not arrival_of(value):

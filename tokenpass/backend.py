@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from tokenpass import compiler_torch_internals as compiler_internals
-from tokenpass.arrivals import arrival_of
+from tokenpass.arrivals import arrivals_of
 from tokenpass.errors import OptionError
 from tokenpass.methods import Eventful, Method
 from tokenpass.options import Inner, Options, Settings, in_turn, parse_options
@@ -96,7 +96,7 @@ def _compile(
     def compiling(plain: fx.GraphModule, values: Sequence[Any]) -> CompiledGraph | GatedGraph:
         if isinstance(settings.method, Eventful):
             return GatedGraph(plain, settings, values, owner, frame)
-        arrivals = [arrival_of(value) for value in compiler_internals.real_inputs(plain)]
+        arrivals = arrivals_of(compiler_internals.real_inputs(plain))
         return CompiledGraph(plain, settings, values, owner, frame, arrivals)
 
     return compile_unwrapped(compiling, module, inputs)

@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 
 from tokenpass import compiler_torch_internals as compiler_internals
 from tokenpass import torch_internals as internals
-from tokenpass.arrivals import Handover, arrival_of
+from tokenpass.arrivals import Handover, arrivals_of
 from tokenpass.budgets import for_flops
 from tokenpass.calibration import Calibration, calibrated
 from tokenpass.errors import OptionError, TokenpassError, described
@@ -72,8 +72,7 @@ def explain(
             ran.append(graph)
             axes = handover.axes(values)
             outputs = module.forward(*values)
-            if axes is not None:
-                handover.tell(axes, outputs)
+            handover.tell(axes, outputs)
             return outputs
 
         return running
@@ -153,7 +152,7 @@ def _planned(
     module: fx.GraphModule, inputs: Sequence[Any], settings: Settings
 ) -> tuple[GraphReport, Handover]:
     method, pruning = settings.method, settings.pruning
-    arrivals = [arrival_of(value) for value in compiler_internals.real_inputs(module)]
+    arrivals = arrivals_of(compiler_internals.real_inputs(module))
     if isinstance(method, Eventful) and pruning is not None:
         gated = prune_and_gate(module, inputs, pruning, method, always=False).gated
         return gated.report, Handover()

@@ -12,15 +12,15 @@ from tokenpass import compiler_torch_internals as compiler_internals
 from tokenpass.analysis import Analysis, Inputs, analyse, with_tokens_together
 from tokenpass.arrivals import Arrivals, Handover
 from tokenpass.blocks import NoMatch
-from tokenpass.errors import NotUnderstoodError, OptionError
+from tokenpass.errors import OptionError
 from tokenpass.gating import Gating, gateable, passing, passing_counts
 from tokenpass.methods import Eventful
 from tokenpass.passes.check import check_gated
 from tokenpass.passes.gate import Traced, gate, state_of
 from tokenpass.passes.gate_cost import Operations, gated_cost, operations, update_symbols
 from tokenpass.passes.plan_gating import plan_gating
-from tokenpass.pipeline import base_report, failed, refusal_of, refused
-from tokenpass.report import BlockReport, GraphReport, Refusal
+from tokenpass.pipeline import base_report, given_up, refusal_of, refused
+from tokenpass.report import BlockReport, GraphReport
 from tokenpass.state import Slot
 
 
@@ -137,9 +137,5 @@ def gate_graph(
     except Exception as error:
         if isinstance(error, OptionError) or compiler_internals.steers_compilation(error):
             raise
-        if isinstance(error, NotUnderstoodError):
-            report = refused(planned.report, Refusal(str(error)))
-        else:
-            report = failed(planned.report, error)
-        return Gated(report, handover=planned.handover)
+        return Gated(given_up(planned.report, error), handover=planned.handover)
     return replace(planned, full=full, incremental=incremental, slots=slots)

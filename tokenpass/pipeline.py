@@ -340,11 +340,15 @@ def undone(planned: Rewrite, error: Exception) -> Rewrite:
 
     A graph that cannot be understood is a refusal alone.
     """
-    if isinstance(error, NotUnderstoodError):
-        report = refused(planned.report, Refusal(str(error)))
-    else:
-        report = failed(planned.report, error)
+    report = given_up(planned.report, error)
     return Rewrite(None, None, report, planned.batch, planned.handover)
+
+
+def given_up(report: GraphReport, error: Exception) -> GraphReport:
+    """The report of a graph that is left as it is because of an error."""
+    if isinstance(error, NotUnderstoodError):
+        return refused(report, Refusal(str(error)))
+    return failed(report, error)
 
 
 def failed(report: GraphReport, error: Exception) -> GraphReport:

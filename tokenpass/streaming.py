@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from tokenpass import compiler_torch_internals as compiler_internals
 from tokenpass import torch_internals as internals
-from tokenpass.arrivals import Handover, arrival_of
+from tokenpass.arrivals import Handover, arrivals_of
 from tokenpass.budgets import for_flops
 from tokenpass.errors import TokenpassError, TokenpassWarning
 from tokenpass.gated import Gated
@@ -109,9 +109,7 @@ class GatedGraph(Graph[StreamSession]):
         stream = self._stream(session)
         with stream.lock:
             outputs, handover = self._run(session, stream, inputs, frames)
-        axes = handover.axes(inputs)
-        if axes is not None:
-            handover.tell(axes, outputs)
+        handover.tell(handover.axes(inputs), outputs)
         session.last = stream
         session.mark()
         return outputs
@@ -243,7 +241,7 @@ class GatedGraph(Graph[StreamSession]):
                 assert isinstance(solved, Eventful)
                 self._method = solved
             pruning = self._settings.pruning
-            arrivals = [arrival_of(value) for value in inputs]
+            arrivals = arrivals_of(inputs)
             both = prune_and_gate(
                 self._module, inputs, pruning, self._method, always=always, arrivals=arrivals
             )
