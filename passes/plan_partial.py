@@ -145,7 +145,7 @@ class _Planner:
         return len(outs) == 1 and self.layout.carried_by(outs[0])
 
     def plan(self) -> PartialPruning | NoMatch:
-        shape = _grid_shape(self.layout)
+        shape = _grid_shape(self.layout, len(self.fixed))
         first = self.regions[0].outputs[0]
         if isinstance(shape, str):
             return NoMatch(PATTERN, shape, (first,))
@@ -215,9 +215,11 @@ class _Planner:
         return all((node, user) in added for node in region.outputs for user in node.users)
 
 
-def _grid_shape(layout: RowLayout) -> tuple[int, ...] | str:
-    """Patch tokens along each axis, or why they are no grid."""
-    patches = layout.tokens if is_packed(layout.tokens) else image_part(layout.tokens)
+def _grid_shape(layout: RowLayout, fixed: int) -> tuple[int, ...] | str:
+    """Patch tokens along each axis, or why they are no grid; packed ones are a line."""
+    if is_packed(layout.tokens):
+        return 1, layout.count - fixed
+    patches = image_part(layout.tokens)
     if isinstance(patches, str):
         return patches
     if concat_axis(layout.tokens) is None and concat_axis(patches) is not None:

@@ -18,7 +18,7 @@ from tokenpass.dims import Axis, Dims, Factor, axes_of, concat_axis, size_of
 from tokenpass.facts import Facts, What, lined_up
 from tokenpass.gating import Region
 from tokenpass.graph import operands
-from tokenpass.grid import image_part
+from tokenpass.grid import grids_in
 from tokenpass.passes.input_axes import varying_nodes
 from tokenpass.rows import RowLayout, own_digits
 
@@ -202,14 +202,14 @@ def _prefix(layout: RowLayout) -> tuple[int, ...]:
     axis = layout.tokens[0].axis
     if concat_axis(layout.tokens) is None:
         return ()
-    patches = image_part(layout.tokens)
-    if isinstance(patches, str):
+    grids = grids_in(layout.tokens)
+    if not grids:
         return ()
     positions: list[int] = []
     start = 0
     for part in axis.parts:
         size = int(size_of(part))
-        if part != patches:
+        if part not in grids:
             positions += range(start, start + size)
         start += size
     return tuple(positions)

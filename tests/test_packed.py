@@ -13,7 +13,7 @@ from torch.nn import functional
 
 import tokenpass
 from tests.pieces import QUIET, fresh, gated, pruned  # noqa: F401
-from tests.tiny import WIDTH, Attention, Block
+from tests.tiny import WIDTH, Attention, Block, images
 
 pytestmark = [QUIET, pytest.mark.usefixtures("fresh")]
 
@@ -142,6 +142,67 @@ def test_packed_images_are_not_merged() -> None:
     assert tokenpass.report(fast).converted
     assert not torch.allclose(found, wanted, atol=1e-3)
     assert len(found.unique(dim=0)) == len(x)
+
+
+class EndToEnd(nn.Module):
+    """Images of the batch, one behind the other in one sequence, tokens of their own before.
+
+    Args:
+        prefix: Of these.
+        depth: Blocks.
+    """
+
+    def __init__(self, prefix: int, depth: int) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, WIDTH, 2, 2)
+        self.prefix = nn.Parameter(torch.randn(prefix, WIDTH))
+        self.blocks = nn.ModuleList(Block(Masked) for _ in range(depth))
+        self.eval()
+
+    def embed(self, x: Tensor) -> Tensor:
+        return torch.cat([self.prefix, *(grid.flatten(1).T for grid in self.patch(x))])[None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("prefix", [0, 2])
+def test_grids_end_to_end_are_not_merged(prefix: int) -> None:
+    """Breaks if tokens of two grids merge, if a result goes astray or a prefix token leaves."""
+    model = EndToEnd(prefix, depth=1)
+    (block,) = model.blocks
+    x = images()
+    fast = pruned(model, keep=1.0)
+    assert torch.allclose(fast(x), model(x), rtol=1e-6, atol=1e-6)
+    tokenpass.set_budget(fast, keep=0.5)
+    (found,) = fast(x)
+    (cut,) = tokenpass.cuts(fast)
+    report = tokenpass.report(fast)
+    assert any("2 grids" in refusal.reason for refusal in report.refusals)
+    assert "32 positions of several images" in str(report)
+    assert tokenpass.kept(fast).shape == (1, 16)
+    stream = model.embed(x)
+    stream = stream + block.attention(block.norm1(stream))  # type: ignore[operator]
+    (branch,) = block.mlp(block.norm2(stream))  # type: ignore[operator]
+    assert cut.owner is not None
+    own = torch.cat([torch.arange(prefix), prefix + cut.owner[0]])
+    assert torch.allclose(found, stream[0] + branch[own], rtol=1e-6, atol=1e-6)
+    assert len(own.unique()) == prefix + 16
+
+
+def test_grids_end_to_end_have_gates() -> None:
+    """Breaks if a prefix token before several grids counts as a patch that may be left out."""
+    model = EndToEnd(prefix=1, depth=2)
+    fast = gated(model, keep=0.25)
+    x = images()
+    fast(x)
+    patches = [row.tokens_in for graph in tokenpass.report(fast).graphs for row in graph.blocks]
+    assert patches == [32, 32]
+    tokenpass.set_budget(fast, keep=1.0)
+    assert (fast(x + 1.0) - model(x + 1.0)).abs().max() < 1e-5
 
 
 def test_rows_of_features_are_left_alone() -> None:

@@ -20,6 +20,7 @@ from tokenpass.dims import (
     concat_axis,
     is_data,
     made_of,
+    parts_of,
     same,
     size_of,
 )
@@ -170,21 +171,23 @@ def image_part(dim: Dim) -> Dim | str:
     Only positions that provably come from positions of the input image count: a dimension that
     arrives from outside the graph as one axis may hold class tokens that nobody can see.
     """
-    axis = concat_axis(dim)
-    if axis is None:
-        reason = _why_not_spatial(dim)
-        return reason if reason else dim
-    spatial = [part for part in axis.parts if not _why_not_spatial(part)]
-    if len(spatial) == 1:
-        return spatial[0]
-    if len(spatial) > 1:
-        return reasons.several_grids(len(spatial))
-    return _why_not_spatial(max(axis.parts, key=lambda part: (is_data(part), len(part))))
+    grids = grids_in(dim)
+    if len(grids) == 1:
+        return grids[0]
+    if len(grids) > 1:
+        return reasons.several_grids(len(grids))
+    return _why_not_spatial(max(parts_of(dim), key=lambda part: (is_data(part), len(part))))
+
+
+def grids_in(dim: Dim) -> list[Dim]:
+    """The parts of a token dimension whose positions provably are positions of an input image."""
+    return [part for part in parts_of(dim) if not _why_not_spatial(part)]
 
 
 def is_packed(dim: Dim) -> bool:
     """Whether a dimension holds patches of several images, or some neighbours among them."""
-    return bool(dim) and all(factor.axis.kind is Kind.PACKED for factor in dim)
+    rows = bool(dim) and all(factor.axis.kind is Kind.PACKED for factor in dim)
+    return rows or len(grids_in(dim)) > 1
 
 
 def _why_not_spatial(dim: Dim) -> str:

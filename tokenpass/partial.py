@@ -14,6 +14,7 @@ from torch import fx
 
 from tokenpass.blocks import Block
 from tokenpass.gating import Region
+from tokenpass.grid import is_packed
 from tokenpass.methods import HiPrune
 from tokenpass.rows import RowLayout
 
@@ -47,7 +48,7 @@ class PartialPruning:
         method: What was asked for.
         layout: How images and tokens lie in values; the order of tokens.
         fixed: Positions of tokens that are no patches, and always stay.
-        shape: Patch tokens along each axis of the grid.
+        shape: Patch tokens along each axis of the grid; packed ones are a line.
         cuts: In order.
         regions: What runs on fewer tokens, each with the number of the cut before it.
         blocks: Those over these tokens.
@@ -64,6 +65,11 @@ class PartialPruning:
     @property
     def cut_count(self) -> int:
         return len(self.cuts)
+
+    @property
+    def packed(self) -> bool:
+        """Whether patches of several images lie end to end, and share the budget."""
+        return is_packed(self.layout.tokens)
 
     @property
     def patches(self) -> int:

@@ -27,7 +27,7 @@ from tokenpass.passes.plan_pruning import PATTERN, plan_pruning
 from tokenpass.passes.prune import prune
 from tokenpass.passes.prune_partly import prune_partly
 from tokenpass.passes.versions import Versions, decide_versions
-from tokenpass.proof import proof
+from tokenpass.proof import proof, tokens_line
 from tokenpass.pruning import Pruning
 from tokenpass.reasons import BATCH_OF_ANY_SIZE, GRID_OF_ANY_SIZE, does_not_pay, hint_of
 from tokenpass.report import BlockReport, GraphReport, Refusal
@@ -130,11 +130,10 @@ def plan_partly(analysis: Analysis, method: HiPrune, *, always: bool) -> Rewrite
     facts, found = analysis.facts, analysis.found
     report = base_report(analysis)
     captured = analysis.captured
-    around = around_any_tokens(
-        facts, found, captured.constants, with_norms=False, cut_off=bool(captured.arrived())
-    )
+    piece = bool(captured.arrived())
+    around = around_any_tokens(facts, found, captured.constants, with_norms=False, cut_off=piece)
     report = replace(report, mlps=around.mlps)
-    plans = plan_partial(facts, around, method, piece=bool(captured.arrived()))
+    plans = plan_partial(facts, around, method, piece=piece)
     if isinstance(plans, NoMatch):
         return _left(report, refusal_of(plans))
     decided = min(plans, key=lambda plan: partial_flops(facts, plan))
@@ -143,13 +142,14 @@ def plan_partly(analysis: Analysis, method: HiPrune, *, always: bool) -> Rewrite
         reason = does_not_pay(flops, report.flops_before)
         at = tuple(cut.at for cut in decided.cuts)
         return _left(report, refusal_of(NoMatch(PATTERN, reason, at)))
+    whose = "images" if decided.packed else "image"
     changed = replace(
         report,
         converted=True,
         proof=[
-            f"patch tokens: a grid of {' x '.join(map(str, decided.shape))} positions of the input",
+            tokens_line(decided.shape, packed=decided.packed),
             f"attention stays on all; {len(decided.regions)} token-wise regions run on fewer",
-            "ranked by their distance from the mean token of the image",
+            f"ranked by their distance from the mean token of the {whose}",
         ],
         blocks=_partial_blocks(decided),
         cost=partial_cost(facts, decided),

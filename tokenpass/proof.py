@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 from torch import fx
 
 from tokenpass.blocks import Found
-from tokenpass.dims import Dims, is_data
+from tokenpass.dims import Dims, Size, is_data
 from tokenpass.facts import Facts, What, lined_up
 from tokenpass.graph import place, short_place, tensor_of, unique
 from tokenpass.grid import Grid
@@ -18,7 +19,7 @@ def proof(facts: Facts, found: Found) -> list[str]:
     if found.grid is None:
         return []
     grid = found.grid
-    lines = [_grid_line(grid)]
+    lines = [tokens_line(grid.shape)]
     if found.embedding is not None:
         lines += _embedding_lines(facts, grid, found)
     if found.over_grid:
@@ -28,9 +29,16 @@ def proof(facts: Facts, found: Found) -> list[str]:
     return lines
 
 
-def _grid_line(grid: Grid) -> str:
-    shape = " x ".join(str(size) for size in grid.shape)
-    return f"patch tokens: a grid of {shape} positions of the input"
+def tokens_line(shape: Sequence[Size], *, packed: bool = False) -> str:
+    """What the patch tokens are.
+
+    Args:
+        shape: Of the grid, ``(H, W)`` or ``(T, H, W)``; ``(1, N)`` of packed ones.
+        packed: Whether patches of several images lie end to end.
+    """
+    if packed:
+        return f"patch tokens: {shape[-1]} positions of several images, which share the budget"
+    return f"patch tokens: a grid of {' x '.join(map(str, shape))} positions of the input"
 
 
 def _embedding_lines(facts: Facts, grid: Grid, found: Found) -> list[str]:
@@ -39,7 +47,7 @@ def _embedding_lines(facts: Facts, grid: Grid, found: Found) -> list[str]:
     makers = ", ".join(_describe(node) for node in embedding.makers)
     (where,) = grid.carried_in(facts.dims(embedding.out))[:1]
     return [
-        f"  positions made by {makers}",
+        f"  positions made {f'by {makers}' if makers else 'outside the graph'}",
         f"  along one dimension from {_describe(embedding.out)} on: {where}",
     ]
 
