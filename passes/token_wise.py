@@ -11,14 +11,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
+from itertools import product
 
 from torch import fx
 
-from tokenpass.dims import Axis, Dims, Factor, axes_of, concat_axis, size_of
+from tokenpass.dims import Axis, Dims, Factor, axes_of, parts_of, size_of
 from tokenpass.facts import Facts, What, lined_up
 from tokenpass.gating import Region
 from tokenpass.graph import operands
-from tokenpass.grid import grids_in
+from tokenpass.grid import grids_in, is_packed
 from tokenpass.passes.input_axes import varying_nodes
 from tokenpass.rows import RowLayout, own_digits
 
@@ -197,19 +198,14 @@ class _Finder:
 
 def _prefix(layout: RowLayout) -> tuple[int, ...]:
     """Positions of the tokens that are no patches."""
-    if len(layout.tokens) != 1:
+    if len(layout.tokens) > 1 and not is_packed(layout.tokens):
         return ()
-    axis = layout.tokens[0].axis
-    if concat_axis(layout.tokens) is None:
-        return ()
-    grids = grids_in(layout.tokens)
-    if not grids:
-        return ()
-    positions: list[int] = []
-    start = 0
-    for part in axis.parts:
-        size = int(size_of(part))
-        if part not in grids:
-            positions += range(start, start + size)
-        start += size
-    return tuple(positions)
+    places = product(*(_patch_places(digit) for digit in layout.tokens))
+    return tuple(place for place, patch in enumerate(places) if not all(patch))
+
+
+def _patch_places(digit: Factor) -> list[bool]:
+    """For each position of a digit whether patches lie there."""
+    grids = grids_in((digit,))
+    among = [(part, not grids or part in grids) for part in parts_of((digit,))]
+    return [patch for part, patch in among for _ in range(int(size_of(part)))]

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 import tokenpass
 from tests.pieces import QUIET, fresh, gated, pruned  # noqa: F401
-from tests.tiny import WIDTH, Attention, Block, images
+from tests.tiny import TOKENS, WIDTH, Attention, Block, images
 
 pytestmark = [QUIET, pytest.mark.usefixtures("fresh")]
 
@@ -145,14 +145,14 @@ def test_packed_images_are_not_merged() -> None:
 
 
 class EndToEnd(nn.Module):
-    """Images of the batch, one behind the other in one sequence, tokens of their own before.
+    """Images one behind the other in one sequence.
 
     Args:
-        prefix: Of these.
+        prefix: Tokens before the patches.
         depth: Blocks.
     """
 
-    def __init__(self, prefix: int, depth: int) -> None:
+    def __init__(self, prefix: int, depth: int = 1) -> None:
         super().__init__()
         self.patch = nn.Conv2d(3, WIDTH, 2, 2)
         self.prefix = nn.Parameter(torch.randn(prefix, WIDTH))
@@ -160,6 +160,7 @@ class EndToEnd(nn.Module):
         self.eval()
 
     def embed(self, x: Tensor) -> Tensor:
+        """The images of the batch, after tokens that they share."""
         return torch.cat([self.prefix, *(grid.flatten(1).T for grid in self.patch(x))])[None]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -169,38 +170,67 @@ class EndToEnd(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("prefix", [0, 2])
-def test_grids_end_to_end_are_not_merged(prefix: int) -> None:
+class Tiles(EndToEnd):
+    """Tiles of an image; each has tokens of its own before its patches, and padding behind."""
+
+    def embed(self, x: Tensor) -> Tensor:
+        """``(B, tiles, 3, H, W)`` to ``(B, tiles * N, C)``."""
+        patches = self.patch(x.flatten(0, 1)).flatten(2).transpose(1, 2)
+        prefix = self.prefix.expand(len(patches), -1, -1)
+        tokens = functional.pad(torch.cat([prefix, patches], 1), (0, 0, 0, 1))
+        return tokens.reshape(len(x), -1, WIDTH)
+
+
+BEFORE = [False] * 2
+TILE = [*BEFORE, *[True] * TOKENS, False]
+
+
+@pytest.mark.parametrize(
+    ("make", "prefix", "x", "patch", "reason"),
+    [
+        (EndToEnd, 0, images(), [True] * 2 * TOKENS, "2 grids"),
+        (EndToEnd, 2, images(), BEFORE + [True] * 2 * TOKENS, "2 grids"),
+        (Tiles, 2, images(4).unflatten(0, (2, 2)), TILE * 2, "concatenation"),
+    ],
+    ids=["grids", "prefix", "tiles"],
+)
+def test_several_grids_are_not_merged(
+    make: type[EndToEnd], prefix: int, x: Tensor, patch: list[bool], reason: str
+) -> None:
     """Breaks if tokens of two grids merge, if a result goes astray or a prefix token leaves."""
-    model = EndToEnd(prefix, depth=1)
+    model = make(prefix)
     (block,) = model.blocks
-    x = images()
     fast = pruned(model, keep=1.0)
     assert torch.allclose(fast(x), model(x), rtol=1e-6, atol=1e-6)
     tokenpass.set_budget(fast, keep=0.5)
-    (found,) = fast(x)
+    found = fast(x)
     (cut,) = tokenpass.cuts(fast)
     report = tokenpass.report(fast)
-    assert any("2 grids" in refusal.reason for refusal in report.refusals)
+    assert any(reason in refusal.reason for refusal in report.refusals)
     assert "32 positions of several images" in str(report)
-    assert tokenpass.kept(fast).shape == (1, 16)
     stream = model.embed(x)
     stream = stream + block.attention(block.norm1(stream))  # type: ignore[operator]
-    (branch,) = block.mlp(block.norm2(stream))  # type: ignore[operator]
+    branch = block.mlp(block.norm2(stream))  # type: ignore[operator]
     assert cut.owner is not None
-    own = torch.cat([torch.arange(prefix), prefix + cut.owner[0]])
-    assert torch.allclose(found, stream[0] + branch[own], rtol=1e-6, atol=1e-6)
-    assert len(own.unique()) == prefix + 16
+    places = torch.tensor(patch).nonzero()[:, 0]
+    for one, owner, wanted, added in zip(found, cut.owner, stream, branch, strict=True):
+        source = torch.arange(len(patch)).index_copy(0, places, places[owner])
+        assert torch.allclose(one, wanted + added[source], rtol=1e-6, atol=1e-6)
+        assert len(owner.unique()) == TOKENS
 
 
-def test_grids_end_to_end_have_gates() -> None:
-    """Breaks if a prefix token before several grids counts as a patch that may be left out."""
-    model = EndToEnd(prefix=1, depth=2)
+@pytest.mark.parametrize(
+    ("make", "x"),
+    [(EndToEnd, images()), (Tiles, images(4).unflatten(0, (2, 2)))],
+    ids=["prefix", "tiles"],
+)
+def test_several_grids_have_gates(make: type[EndToEnd], x: Tensor) -> None:
+    """Breaks if a prefix token among several grids counts as a patch that may be left out."""
+    model = make(1, depth=2)
     fast = gated(model, keep=0.25)
-    x = images()
     fast(x)
     patches = [row.tokens_in for graph in tokenpass.report(fast).graphs for row in graph.blocks]
-    assert patches == [32, 32]
+    assert patches == [2 * TOKENS] * 2
     tokenpass.set_budget(fast, keep=1.0)
     assert (fast(x + 1.0) - model(x + 1.0)).abs().max() < 1e-5
 

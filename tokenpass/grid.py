@@ -185,9 +185,18 @@ def grids_in(dim: Dim) -> list[Dim]:
 
 
 def is_packed(dim: Dim) -> bool:
-    """Whether a dimension holds patches of several images, or some neighbours among them."""
+    """Whether a dimension holds patches of several images, or some neighbours among them.
+
+    They are rows, or grids end to end, or images each of which has tokens beside its grid.
+    """
     rows = bool(dim) and all(factor.axis.kind is Kind.PACKED for factor in dim)
-    return rows or len(grids_in(dim)) > 1
+    return rows or len(grids_in(dim)) > 1 or _with_tokens_beside(dim)
+
+
+def _with_tokens_beside(dim: Dim) -> bool:
+    joint = [factor for factor in dim if concat_axis((factor,)) is not None]
+    images = [factor for factor in dim if factor.axis.kind is Kind.INPUT]
+    return len(joint) == 1 and len(images) == len(dim) - 1 > 0 and bool(grids_in(tuple(joint)))
 
 
 def _why_not_spatial(dim: Dim) -> str:
