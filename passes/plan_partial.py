@@ -122,6 +122,9 @@ class _Planner:
             if at is not None:
                 first.setdefault(at, block)
         self.blocks, self.places = list(first.values()), list(first)
+        one_for_all = context.piece and len(self.blocks) == 1
+        cut_off = not all(block.attentions for block in self.blocks)
+        self.apart = one_for_all or cut_off or is_packed(self.layout.tokens)
 
     def _cut_of(self, block: Block) -> fx.Node | None:
         """Where tokens may leave in a block: at its first addition, if that has these tokens.
@@ -163,7 +166,7 @@ class _Planner:
         for layer, keep in schedule_of(self.method, len(self.blocks), patches):
             left = min(left, token_budget(keep, patches))
             at = self.places[layer - 1]
-            cuts.append(Cut(len(cuts) + 1, layer, at, left, self._apart))
+            cuts.append(Cut(len(cuts) + 1, layer, at, left))
         stream = [*(cut.at for cut in cuts), *(block.out for block in self.blocks)]
         pinned = [node for node in stream if node in self.context.written]
         if pinned:
@@ -172,21 +175,14 @@ class _Planner:
         if not chosen:
             return NoMatch(PATTERN, reasons.NOTHING_BEHIND, (cuts[0].at,))
         return PartialPruning(
-            self.method, self.layout, self.fixed, shape, cuts, chosen, self.blocks
+            self.method, self.layout, self.fixed, shape, cuts, chosen, self.blocks, self.apart
         )
-
-    @property
-    def _apart(self) -> bool:
-        """Whether tokens that leave keep their own values in the stream; see :class:`Cut`."""
-        one_for_all = self.context.piece and len(self.blocks) == 1
-        cut_off = not all(block.attentions for block in self.blocks)
-        return one_for_all or cut_off or is_packed(self.layout.tokens)
 
     def _behind(self, cuts: Sequence[Cut]) -> list[tuple[Region, int]]:
         """The regions behind a cut, each with the number of the last cut before it."""
         chosen: list[tuple[Region, int]] = []
         for region in self.regions:
-            merged = self.method.merges and not self._apart
+            merged = self.method.merges and not self.apart
             if not (merged or self._is_branch(region)):
                 continue
             start = min(self.context.order[node] for node in region.nodes)

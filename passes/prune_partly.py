@@ -123,7 +123,7 @@ class _Run(GraphRun):
         owner = owners(here.detach(), kept)
         sizes = torch.ones_like(owner, dtype=torch.float32) if before is None else before.sizes
         self.left[cut.number] = left = self._those_left(before, kept, owner, sizes, safe, places)
-        if not self.plan.method.merges or cut.apart or here.shape[1] == cut.count:
+        if not self.plan.method.merges or self.plan.apart or here.shape[1] == cut.count:
             return
         merged = take(merge(here, sizes, owner, left.sizes), left.owner)
         index = places.reshape(1, -1, 1).expand(layout.images, -1, sequence.shape[2])

@@ -1,7 +1,8 @@
-"""Encoders of packed images, which split their attention in Python: several graphs for each block.
+"""Encoders of packed images: rows of pixels, grids end to end, tiles.
 
-Breaks if rows of pixels are not followed from graph to graph, if rows of anything else are, or if
-what is computed for a token goes to another one.
+Those of rows split their attention in Python: several graphs for each block. Breaks if rows of
+pixels are not followed from graph to graph, if rows of anything else are, or if what is computed
+for a token goes to another one.
 """
 
 from __future__ import annotations

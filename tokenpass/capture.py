@@ -62,6 +62,11 @@ class Captured:
         pairs = zip(placeholders, self.arrivals, strict=False)
         return {node: arrival for node, arrival in pairs if arrival}
 
+    @property
+    def is_piece(self) -> bool:
+        """Whether this is a piece of a model: tokens come from another graph."""
+        return bool(self.arrived())
+
 
 @dataclass(frozen=True)
 class GraphInputs:

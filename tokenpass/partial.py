@@ -28,16 +28,12 @@ class Cut:
         block: The block in which tokens leave, counted from 1.
         at: The stream at the cut: the first addition of the block.
         count: Patch tokens of an image that stay.
-        apart: Whether the others keep their own values in the stream: where a graph holds a single
-            block, or only MLPs, and may serve all blocks, what is merged would be merged from the
-            first block on; where images are packed, into a token of another image.
     """
 
     number: int
     block: int
     at: fx.Node
     count: int
-    apart: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,6 +48,9 @@ class PartialPruning:
         cuts: In order.
         regions: What runs on fewer tokens, each with the number of the cut before it.
         blocks: Those over these tokens.
+        apart: Whether tokens that leave keep their own values in the stream: where a graph holds a
+            single block, or only MLPs, and may serve all blocks, what is merged would be merged
+            from the first block on; where images are packed, into a token of another image.
     """
 
     method: HiPrune
@@ -61,6 +60,7 @@ class PartialPruning:
     cuts: Sequence[Cut]
     regions: Sequence[tuple[Region, int]]
     blocks: Sequence[Block]
+    apart: bool
 
     @property
     def cut_count(self) -> int:

@@ -130,7 +130,7 @@ def plan_partly(analysis: Analysis, method: HiPrune, *, always: bool) -> Rewrite
     facts, found = analysis.facts, analysis.found
     report = base_report(analysis)
     captured = analysis.captured
-    piece = bool(captured.arrived())
+    piece = captured.is_piece
     around = around_any_tokens(facts, found, captured.constants, with_norms=False, cut_off=piece)
     report = replace(report, mlps=around.mlps)
     plans = plan_partial(facts, around, method, piece=piece)
@@ -174,7 +174,7 @@ def _partial_blocks(decided: PartialPruning) -> list[BlockReport]:
 
 def _is_one_block(analysis: Analysis) -> bool:
     """Whether a graph is one block of a model, and may serve all of them: cuts have no order."""
-    return len(analysis.found.blocks) == 1 and bool(analysis.captured.arrived())
+    return len(analysis.found.blocks) == 1 and analysis.captured.is_piece
 
 
 def _could_be_made(analysis: Analysis, planned: Rewrite, method: HiPrune, always: bool) -> bool:
@@ -299,7 +299,7 @@ def _with_partial(
     always: bool,
 ) -> tuple[Analysis, Rewrite]:
     """``planned``, or the partial pruning that can be made where it cannot, or saves less."""
-    if not analysis.found.attentions and not analysis.captured.arrived():
+    if not analysis.found.attentions and not analysis.captured.is_piece:
         return analysis, planned  # no block, and no reason to make numbers of its sizes
     partly = _needs_all_tokens(analysis) or _is_one_block(analysis)
     if not partly and _could_be_made(analysis, planned, method, always):

@@ -49,17 +49,16 @@ def from_outside(node: str) -> Reason:
     )
 
 
+IMAGE_BY_IMAGE = "encode the images one after another, or side by side in the batch"
+
+
 def several_grids(count: int) -> Reason:
     return Reason(
-        f"{count} grids of image positions lie end to end in one token axis",
-        "encode the images one after another, or side by side in the batch",
+        f"{count} grids of image positions lie end to end in one token axis", IMAGE_BY_IMAGE
     )
 
 
-PACKED = Reason(
-    "patches of several images lie end to end in one token axis",
-    "encode the images one after another, or side by side in the batch",
-)
+PACKED = Reason("patches of several images lie end to end in one token axis", IMAGE_BY_IMAGE)
 NO_TOKENS = Reason("no token comes from the input")
 OTHER_GRID = Reason(
     "attention over another grid than most of the graph's attentions",

@@ -116,7 +116,7 @@ class CompiledGraph(Graph[Session]):
     def _first(self, inputs: Sequence[Any]) -> None:
         """Compile for the budget that was asked for."""
         rewriting = self._settings.always_rewrite or not self._method.full
-        first = self._compile(self._method, inputs, rewriting=rewriting, arrivals=self._arrivals)
+        first = self._compile(self._method, inputs, rewriting=rewriting)
         if not first.report.converted and not self._method.full:
             warn_of_nothing(first.report)
         self._variants[None] = first
@@ -147,9 +147,7 @@ class CompiledGraph(Graph[Session]):
         def at(keep: float) -> Variant:
             if keep not in tried:
                 method = self._method.with_budget(keep)
-                tried[keep] = self._compile(
-                    method, inputs, rewriting=keep < 1.0, arrivals=self._arrivals
-                )
+                tried[keep] = self._compile(method, inputs, rewriting=keep < 1.0)
             return tried[keep]
 
         def measure(keep: float) -> float:
@@ -180,14 +178,11 @@ class CompiledGraph(Graph[Session]):
                 if key not in self._variants:
                     budget = self._method.keep if keep is None else keep
                     method = self._method.with_budget(budget)
-                    arrivals = self._arrivals if known else ()
-                    self._variants[key] = self._compile(
-                        method, inputs, rewriting=True, arrivals=arrivals
-                    )
+                    self._variants[key] = self._compile(method, inputs, rewriting=True, known=known)
         return self._variants[key]
 
     def _compile(
-        self, method: HiPrune, inputs: Sequence[Any], *, rewriting: bool, arrivals: Arrivals
+        self, method: HiPrune, inputs: Sequence[Any], *, rewriting: bool, known: bool = True
     ) -> Variant:
         always = self._settings.always_rewrite
         record = self._settings.record_cuts
@@ -198,7 +193,7 @@ class CompiledGraph(Graph[Session]):
             always=always,
             rewriting=rewriting,
             record=record,
-            arrivals=arrivals,
+            arrivals=self._arrivals if known else (),
         )
         if result.module is not None and result.plan is not None:
             self._log(result)
